@@ -1,0 +1,138 @@
+"""The command line: parse, call, print. No logic lives here, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastoss.errors import EXIT_RUN_FAILED, FastossError
+
+app = typer.Typer(name="fastoss", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set train.learning_rate=2e-4.")]
+UseSample = Annotated[bool, typer.Option("--sample", help="Read each source's shipped sample in its place.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Fine-tune gpt-oss-20b on one GPU, and prove what was learned."""
+    if debug:
+        os.environ["FASTOSS_DEBUG"] = "1"  # seen by the processes that --gpus starts as well
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set: Overrides = None,
+    sample: UseSample = False,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="Train in N processes, one a GPU (on the CPU where there is none).")] = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The run directory, instead of runs/<name>.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; train nothing.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew instead of going on.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
+) -> None:
+    """Train a recipe; the same command again goes on where it stopped."""
+    from fastoss.config import load_recipe
+    from fastoss.run import RunDirectory
+
+    resolved = load_recipe(recipe, set or ())
+    run = RunDirectory(output or Path("runs") / resolved.name)
+    if overwrite and not no_resume:
+        raise FastossError("--overwrite goes with --no-resume", place="fastoss train")
+    if dry_run:
+        from fastoss.training.plan import dry_run_lines
+
+        for line in dry_run_lines(resolved, run, sample=sample):
+            typer.echo(line)
+        return
+    if gpus is not None and "RANK" not in os.environ:
+        _train_in_processes(resolved, gpus, sample)
+        return
+    from fastoss.training.train import train as train_recipe
+
+    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite)
+
+
+def _train_in_processes(recipe: object, gpus: int, sample: bool) -> None:
+    from fastoss.training.launch import launch
+    from fastoss.training.train import check_before_launch
+
+    check_before_launch(recipe, gpus, sample=sample)
+    raise typer.Exit(launch(sys.argv[1:], gpus))
+
+
+@app.command()
+def check(recipe: RecipePath, set: Overrides = None, sample: UseSample = False) -> None:
+    """Check recipe and data without loading a model."""
+    from fastoss.config import load_recipe
+    from fastoss.data.dataset import build_dataset
+
+    resolved = load_recipe(recipe, set or ())
+    for line in build_dataset(resolved, sample=sample).report.lines():
+        typer.echo(line)
+    typer.echo(f"{recipe} is fine")
+
+
+@app.command()
+def show(
+    recipe: RecipePath,
+    set: Overrides = None,
+    sample: UseSample = False,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="How many training examples to show.")] = 3,
+) -> None:
+    """Show the tokens that are trained: the trainer's own ids and labels."""
+    from fastoss.config import load_recipe
+    from fastoss.data.dataset import build_dataset
+    from fastoss.data.show import example_lines
+
+    dataset = build_dataset(load_recipe(recipe, set or ()), sample=sample)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for example in dataset.train[:rows]:
+        for line in example_lines(example, colour=colour):
+            typer.echo(line)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, or a model's name or folder.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, and end.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)] = 1024,
+) -> None:
+    """Talk to a model: its reasoning dimmed on stderr, its answer on stdout."""
+    from fastoss.inference.chat import chat as talk
+
+    talk(model, prompt, temperature, max_new_tokens)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the recipe."""
+    from fastoss.config import recipe_schema
+
+    typer.echo(recipe_schema())
+
+
+def main() -> None:
+    """Entry point: errors become one clear message and an exit code; a traceback only with --debug."""
+    try:
+        app()
+    except FastossError as error:
+        if os.environ.get("FASTOSS_DEBUG"):
+            raise
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("FASTOSS_DEBUG"):
+            raise
+        fact = f"{type(error).__name__}: {error}".strip()
+        typer.echo(f"error: {fact}\nhint: run `fastoss --debug …` for the traceback", err=True)
+        sys.exit(EXIT_RUN_FAILED)

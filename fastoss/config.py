@@ -1,0 +1,377 @@
+"""The recipe: TOML in, one frozen and fully checked `Recipe` out. Nothing later in the flow reads TOML or guesses a default.
+
+Precedence: defaults < recipe < `--set section.key=value`. Keys carry TRL's and PEFT's own names. Whatever cannot be
+honoured is refused here, with file, line and a hint, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fastoss.errors import FastossError
+from fastoss.recipe_errors import RecipeSource, explain
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _layers(value: Any) -> Any:
+    if value == "all":
+        return value
+    if isinstance(value, list | tuple) and value and all(type(v) is int and v >= 0 for v in value) and len(set(value)) == len(value):
+        return tuple(value)
+    raise ValueError('should be "all" or a list of layer numbers, each once, such as [7, 15, 23]')
+
+
+def _interval(value: Any) -> Any:
+    if value == "epoch" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError('should be a number of steps, or "epoch"')
+
+
+# Unions are checked by hand: pydantic would report one error for each branch.
+Layers = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_layers)]
+Interval = Annotated[int | Literal["epoch"], BeforeValidator(_interval)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Effort = Literal["low", "medium", "high"]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """Which base model, and in which form it is held in memory."""
+
+    name: str = Field("openai/gpt-oss-20b", min_length=1, description='hub id or local folder of a gpt-oss model, or "tiny" (embedded, no network)')
+    precision: Literal["4bit", "mxfp4", "bf16", "float32"] = Field("4bit", description="form of the frozen base weights")
+    max_length: int = Field(4096, ge=16, le=131072, description="longest example, in tokens")
+    backend: Literal["auto", "unsloth", "transformers"] = Field("auto", description="auto: Unsloth where there is a GPU, transformers elsewhere")
+    adapter: str | None = Field(None, description="start from the adapter of this run or folder")
+
+
+class LoraSettings(_Section):
+    """The adapter, in PEFT's words."""
+
+    r: int = Field(8, ge=1, le=1024)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="only for attention: fused experts know no dropout")
+    targets: Annotated[tuple[Literal["attention", "experts"], ...], BeforeValidator(_as_tuple)] = Field(
+        ("attention", "experts"), min_length=1, description="attention: q, k, v, o; experts: every expert's gate_up and down"
+    )
+    expert_layers: Layers = Field("all", description='"all", or the layers whose experts are trained, such as [7, 15, 23]')
+
+
+class DataSource(_Section):
+    """One source of rows. Paths are relative to the recipe."""
+
+    source: str = Field(min_length=1, description="a .jsonl or .json file")
+    split: str = Field("train", description="split of a hub data set; a local file has none")
+    sample: str | None = Field(None, description="what --sample reads in place of the source")
+    format: Literal["auto", "messages", "alpaca"] = Field("auto", description="auto: told from the columns of each row")
+    max_rows: int | None = Field(None, ge=1, description="only the first so many rows")
+
+
+class Identity(_Section):
+    """Fills {{NAME}} and {{AUTHOR}} in rows."""
+
+    name: str = Field(min_length=1)
+    author: str = Field(min_length=1)
+
+
+class FormatSettings(_Section):
+    """How conversations become harmony tokens, and which tokens carry loss."""
+
+    reasoning_effort: Effort = "medium"
+    current_date: Date = Field("2026-01-01", description="pinned, so that training and inference see the same date")
+    train_on: Annotated[tuple[Literal["analysis", "final"], ...], BeforeValidator(_as_tuple)] = Field(
+        ("analysis", "final"), min_length=1, description="channels that carry loss"
+    )
+    turns: Literal["all", "last"] = Field("all", description="which assistant turns are trained, each as its own example")
+    identity: Identity | None = None
+
+
+class Hygiene(_Section):
+    """What happens to rows that are not fit to learn from."""
+
+    malformed: Literal["error", "drop"] = "error"
+    over_length: Literal["drop", "truncate_left_turns", "error"] = "drop"
+    duplicates: Literal["keep", "drop", "error"] = "keep"
+    leakage: Literal["error"] = Field("error", description="a train row that stands in eval; the split by content hash allows none")
+
+
+class EvalSettings(_Section):
+    """The held-out part of the data."""
+
+    fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows, chosen by content hash")
+    every: int = Field(50, ge=1, description="steps between evaluations")
+    after: bool = Field(True, description="evaluate once more after the last step")
+
+
+class TrainSettings(_Section):
+    """Optimisation, in TRL's words."""
+
+    num_train_epochs: float = Field(3, gt=0)
+    max_steps: int = Field(0, ge=0, description="0: by epochs; else the run ends after so many optimizer steps")
+    learning_rate: float = Field(1e-4, gt=0)
+    tokens_per_batch: int | None = Field(None, ge=16, description="tokens of one micro-batch; 16384 if neither this nor the next is given")
+    per_device_train_batch_size: int | None = Field(None, ge=1, description="rows of one micro-batch, in place of tokens_per_batch")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    lr_scheduler_type: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, float] | None = Field(None, description="cosine_with_min_lr: { min_lr_rate = 0.1 } unless given")
+    warmup_steps: float = Field(0.05, ge=0, description="a whole number of steps, or a share of all steps when below 1")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    recompute: Literal["none", "full", "auto"] = Field("auto", description="activation recomputation; auto: full on a GPU, none without")
+    on_oom: Literal["error", "split"] = "error"
+    seed: int = Field(42, ge=0)
+
+
+class DpoSettings(_Section):
+    """Preferences, in TRL's words."""
+
+    beta: float = Field(0.1, gt=0)
+    loss_type: Strings = ("sigmoid",)
+    reference: Literal["start", "adapter_off"] = "start"
+    score_on: Annotated[tuple[Literal["analysis", "final"], ...], BeforeValidator(_as_tuple)] = ("analysis", "final")
+
+
+class CheckpointSettings(_Section):
+    every: Interval = Field(50, description='steps, or "epoch"; also at the end and on a signal')
+    keep: int = Field(2, ge=1)
+
+
+class SampleSettings(_Section):
+    """Questions answered before and after training, so that people see what changed."""
+
+    prompts: Strings = ()
+    from_train: int = Field(0, ge=0, description="so many training examples are asked as well, and compared with their answers word for word")
+    max_new_tokens: int = Field(256, ge=1)
+
+
+class LogSettings(_Section):
+    every: int = Field(5, ge=1, description="steps between lines on the terminal; metrics.jsonl and trackers get every step")
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "swanlab", "trackio", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    project: str = "fastoss"
+
+
+class DistributedSettings(_Section):
+    strategy: Literal["ddp", "zero2", "zero3", "fsdp"] = "ddp"
+
+
+class HubSettings(_Section):
+    push: bool = False
+    repo: str | None = None
+
+
+class Recipe(_Section):
+    """A whole recipe, resolved: every value is the one the run uses."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run goes to runs/<name>")
+    method: Literal["sft", "dpo"] = "sft"
+    model: ModelConfig = ModelConfig()
+    lora: LoraSettings = LoraSettings()
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
+    format: FormatSettings = FormatSettings()
+    hygiene: Hygiene = Hygiene()
+    eval: EvalSettings = EvalSettings()
+    train: TrainSettings = TrainSettings()
+    dpo: DpoSettings | None = None
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    samples: SampleSettings = SampleSettings()
+    log: LogSettings = LogSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    hub: HubSettings = HubSettings()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate and cross-check a recipe.
+
+    `overrides` are `section.key=value` strings whose values are TOML (a bare word is a string). Data paths come back
+    absolute, defaults filled in. Raises `FastossError` with `file:line`, the nearest key and a hint.
+    """
+    path = Path(path)
+    source, table = RecipeSource.read(path)
+    for override in overrides:
+        _apply_override(table, override, source)
+    try:
+        recipe = Recipe.model_validate(table)
+    except ValidationError as problems:
+        raise explain(problems, source, Recipe) from None
+    _cross_check(recipe, table, source)
+    return _resolve(recipe, path.parent)
+
+
+def recipe_schema() -> str:
+    """The JSON Schema of the recipe, for editors that complete and check TOML."""
+    schema = Recipe.model_json_schema()
+    schema["title"] = "fastoss recipe"
+    return json.dumps(schema, indent=2, ensure_ascii=False)
+
+
+def resolved_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values, as it is written into the run directory."""
+    return recipe.model_dump(mode="json")
+
+
+def recipe_from_resolved(values: dict[str, Any], place: str) -> Recipe:
+    """The recipe back from the run directory. `FastossError` when another version of fastoss wrote it."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise FastossError(f"`{key}`: {first['msg']}", place=place, hint="the run was made by another version of fastoss") from None
+
+
+def _apply_override(table: dict[str, Any], override: str, source: RecipeSource) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+        hint = "write it as --set section.key=value, for example --set train.learning_rate=2e-4"
+        raise FastossError("not of the form section.key=value", place=f"--set {override}", hint=hint)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.split(".")
+    where: Any = table
+    for part in parents:
+        if isinstance(where, list) and part.isdigit() and int(part) < len(where):
+            where = where[int(part)]
+        elif isinstance(where, dict):
+            where = where.setdefault(part, {})
+        if not isinstance(where, dict | list):
+            raise FastossError(f"`{part}` is a value, not a section", place=f"--set {override}")
+    if not isinstance(where, dict):
+        hint = f"name the entry by its number: --set {'.'.join(parents)}.0.{last}=…"
+        raise FastossError(f"`{'.'.join(parents)}` is a list", place=f"--set {override}", hint=hint)
+    where[last] = value
+    source.overridden[tuple(key.split("."))] = f"--set {override}"
+
+
+# Settings of the design that this version cannot honour yet: refused, never ignored.
+_NOT_YET: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("method",), "dpo", "this version trains SFT only"),
+    (("train", "on_oom"), "split", 'use a smaller tokens_per_batch, with on_oom = "error"'),
+    (("distributed", "strategy"), "zero2", 'use strategy = "ddp"'),
+    (("distributed", "strategy"), "zero3", 'use strategy = "ddp"'),
+    (("distributed", "strategy"), "fsdp", 'use strategy = "ddp"'),
+    (("hub", "push"), True, "push the adapter folder yourself: hf upload REPO runs/<name>/adapter"),
+)
+
+_GPT_OSS_NAME = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
+_SCHEDULER_KEYS = {"cosine_with_min_lr": {"min_lr", "min_lr_rate", "num_cycles"}, "cosine": {"num_cycles"}}
+
+
+def _cross_check(recipe: Recipe, given: dict[str, Any], source: RecipeSource) -> None:
+    """Refuse what is well-formed but cannot be meant or honoured."""
+
+    def refuse(key: tuple[str, ...], fact: str, hint: str | None = None) -> None:
+        raise FastossError(fact, place=source.place(key), hint=hint)
+
+    # What was written is refused for what it says, before what this version cannot do yet.
+    if recipe.dpo is not None and recipe.method == "sft":
+        refuse(("dpo",), '`[dpo]` belongs to method = "dpo", and this recipe says method = "sft"', "remove the section, or change the method")
+    for key, value, hint in _NOT_YET:
+        have: Any = recipe
+        for part in key:
+            have = getattr(have, part)
+        if have == value:
+            shown = "true" if value is True else f'"{value}"'
+            refuse(key, f"`{'.'.join(key)} = {shown}` is not available in this version", hint)
+
+    _check_model_name(recipe.model.name, refuse)
+    if recipe.model.backend == "transformers" and recipe.model.precision == "mxfp4" and recipe.model.name != "tiny":
+        hint = 'use precision = "bf16", or backend = "unsloth"'
+        refuse(("model", "precision"), "transformers cannot train on packed MXFP4 weights", hint)
+    if recipe.model.backend == "transformers" and recipe.model.precision == "4bit" and recipe.model.name != "tiny":
+        hint = 'use backend = "unsloth" for 4bit, or precision = "bf16"'
+        refuse(("model", "precision"), "transformers cannot hold gpt-oss's fused experts in 4 bits, they would stay in 16", hint)
+
+    lora, train = recipe.lora, recipe.train
+    if len(set(lora.targets)) != len(lora.targets):
+        refuse(("lora", "targets"), "a target is named twice")
+    if lora.lora_dropout and "experts" in lora.targets:
+        hint = 'set lora_dropout = 0.0, or targets = ["attention"]'
+        refuse(("lora", "lora_dropout"), "LoRA on fused experts knows no dropout", hint)
+    if lora.expert_layers != "all" and "experts" not in lora.targets:
+        refuse(("lora", "expert_layers"), '`expert_layers` is given, but "experts" is not among the targets', 'targets = ["attention", "experts"]')
+    if len(set(recipe.format.train_on)) != len(recipe.format.train_on):
+        refuse(("format", "train_on"), "a channel is named twice")
+
+    if train.tokens_per_batch is not None and train.per_device_train_batch_size is not None:
+        hint = "keep one: tokens_per_batch fills batches by tokens, per_device_train_batch_size by rows"
+        refuse(("train", "per_device_train_batch_size"), "`tokens_per_batch` and `per_device_train_batch_size` contradict each other", hint)
+    if train.per_device_train_batch_size is None and (train.tokens_per_batch or _TOKENS_PER_BATCH) < recipe.model.max_length:
+        fact = f"a batch of {train.tokens_per_batch or _TOKENS_PER_BATCH:,} tokens cannot hold a row of max_length {recipe.model.max_length:,}"
+        key = ("train", "tokens_per_batch") if train.tokens_per_batch else ("model", "max_length")
+        refuse(key, fact, "raise tokens_per_batch, or lower model.max_length")
+    if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):
+        refuse(("train", "warmup_steps"), f"{train.warmup_steps} is neither a whole number of steps nor a share below 1")
+    unknown = set(train.lr_scheduler_kwargs or {}) - _SCHEDULER_KEYS.get(train.lr_scheduler_type, set())
+    if unknown:
+        known = ", ".join(sorted(_SCHEDULER_KEYS.get(train.lr_scheduler_type, set()))) or "none"
+        fact = f"`{min(unknown)}` is no setting of the {train.lr_scheduler_type} schedule"
+        refuse(("train", "lr_scheduler_kwargs"), fact, f"it knows: {known}")
+    if train.lr_scheduler_type == "cosine_with_min_lr" and train.lr_scheduler_kwargs is not None:
+        if not {"min_lr", "min_lr_rate"} & set(train.lr_scheduler_kwargs):
+            refuse(("train", "lr_scheduler_kwargs"), "cosine_with_min_lr needs min_lr or min_lr_rate", "{ min_lr_rate = 0.1 }")
+
+    for number, data in enumerate(recipe.data):
+        hub = data.source.partition(":")[0] if data.source.startswith(("hf:", "modelscope:")) else None
+        if hub and data.sample is None:
+            hint = "download it as JSONL and name the file, or give `sample`"
+            refuse(("data", str(number), "source"), f"`{hub}:` sources are not available in this version", hint)
+    if recipe.hub.repo is not None and not recipe.hub.push:
+        refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
+
+
+def _check_model_name(name: str, refuse: Any) -> None:
+    if name == "tiny":
+        return
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        try:
+            model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError):
+            refuse(("model", "name"), f"the folder {name} has no readable config.json", "name the folder that holds the model's files")
+        if model_type != "gpt_oss":
+            refuse(("model", "name"), f"{name} holds a `{model_type}` model", "fastoss trains the gpt-oss family, whose harmony format it is made for")
+    elif name.startswith(("/", "./", "../", "~")):
+        refuse(("model", "name"), f"there is no folder {name}")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        refuse(("model", "name"), f"`{name}` is neither a hub id (owner/name), nor a folder, nor tiny", 'for example "openai/gpt-oss-20b"')
+    elif not _GPT_OSS_NAME.search(name):
+        refuse(("model", "name"), f"`{name}` is not of the gpt-oss family", 'for example "openai/gpt-oss-20b", or a local folder of that architecture')
+
+
+_TOKENS_PER_BATCH = 16384
+
+
+def _resolve(recipe: Recipe, folder: Path) -> Recipe:
+    """Fill in the defaults that depend on other keys, and make data paths absolute."""
+
+    def absolute(source: str | None) -> str | None:
+        if source is None or source.startswith(("hf:", "modelscope:")):
+            return source
+        return str((folder / Path(source).expanduser()).resolve())
+
+    train = recipe.train
+    changes: dict[str, Any] = {}
+    if train.per_device_train_batch_size is None and train.tokens_per_batch is None:
+        changes["tokens_per_batch"] = _TOKENS_PER_BATCH
+    if train.lr_scheduler_kwargs is None:
+        changes["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1} if train.lr_scheduler_type == "cosine_with_min_lr" else {}
+    data = tuple(d.model_copy(update={"source": absolute(d.source), "sample": absolute(d.sample)}) for d in recipe.data)
+    return recipe.model_copy(update={"train": train.model_copy(update=changes), "data": data})

@@ -1,0 +1,44 @@
+"""What goes wrong, said once and clearly: every layer raises these, the command line alone prints them."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_RUN_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving, the same command goes on
+
+
+class FastossError(Exception):
+    """A person's mistake or a machine's limit, told as place, fact and hint.
+
+    `fact` says what is wrong, `place` where (`file:line`, a recipe key, a command), `hint` what to do about it.
+    `exit_code` is what the process returns: 2 for bad input (the default), 1 when a run failed.
+    """
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, fact: str, *, place: str | None = None, hint: str | None = None):
+        super().__init__(fact)
+        self.fact = fact
+        self.place = place
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = f"{self.place}: " if self.place else ""
+        hint = f"\nhint: {self.hint}" if self.hint else ""
+        return f"error: {where}{self.fact}{hint}"
+
+
+class RunFailed(FastossError):
+    """The input was fine and the run failed all the same (NaN, lost process, full disk): exit 1."""
+
+    exit_code = EXIT_RUN_FAILED
+
+
+class Stopped(FastossError):
+    """A signal stopped the run after it had saved: exit 75, the same command goes on."""
+
+    exit_code = EXIT_STOPPED
+
+    def __str__(self) -> str:
+        return f"stopped: {self.fact}"

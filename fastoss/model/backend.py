@@ -1,0 +1,215 @@
+"""Base model + LoRA, from Unsloth or from plain transformers: the same two functions, the same pair out of them.
+
+The only file that names Unsloth. Its environment variables are set in `_prepare_unsloth`, before its import reads them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastoss.config import LoraSettings, ModelConfig
+from fastoss.errors import FastossError
+from fastoss.model.lora import TrainableCounts, check_targets, chosen_expert_layers, load_adapter_weights, peft_targets
+from fastoss.run import cache_folder
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What will be loaded, decided before anything is: for people, and for `load_model`.
+
+    `source` is a folder or a hub id (None for the tiny model, which is built when it is needed). `notes` say where the
+    recipe's words could not be taken literally.
+    """
+
+    backend: str
+    source: str | None
+    precision: str
+    device: str
+    notes: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        return f"{self.source or 'the embedded tiny gpt-oss'} in {self.precision} on the {self.device.upper()}, through {self.backend}"
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def plan_model(config: ModelConfig, *, gpu: bool, installed: bool = True) -> ModelPlan:
+    """Choose backend, checkpoint and precision for a machine with or without a GPU. Loads nothing.
+
+    `installed=False` plans for another machine and does not look at what this one has. Raises `FastossError` when the
+    machine or what is installed cannot do what the recipe says.
+    """
+    backend = config.backend if config.backend != "auto" else ("unsloth" if gpu else "transformers")
+    if backend == "unsloth" and installed and importlib.util.find_spec("unsloth") is None:
+        hint = "pip install 'fastoss[unsloth]', or choose model.backend = \"transformers\""
+        raise FastossError("Unsloth is not installed", place="model.backend", hint=hint)
+    precision, notes = config.precision, []
+    if not gpu and config.name == "tiny" and precision != "float32":
+        notes.append(f"the tiny model runs in float32 without a GPU (the recipe says {precision})")
+        precision = "float32"
+    elif not gpu and precision in ("4bit", "mxfp4", "bf16"):
+        hint = "train on a GPU machine, or try the recipe here with --set model.name=tiny"
+        raise FastossError(f'model.precision = "{precision}" needs a GPU, and this machine has none', place="model.precision", hint=hint)
+    elif gpu and config.name == "tiny" and precision in ("4bit", "mxfp4"):
+        notes.append(f"the tiny model runs in bf16 (the recipe says {precision}, which needs a checkpoint made for it)")
+        precision = "bf16"
+    source = None if config.name == "tiny" else _checkpoint(config.name, precision, backend)
+    return ModelPlan(backend, source, precision, "gpu" if gpu else "cpu", tuple(notes))
+
+
+def _checkpoint(name: str, precision: str, backend: str) -> str:
+    """The checkpoint that holds a model in a precision. OpenAI publishes MXFP4; Unsloth the same in bf16 and in 4 bits."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    size = {"openai/gpt-oss-20b": "20b", "unsloth/gpt-oss-20b": "20b", "openai/gpt-oss-120b": "120b", "unsloth/gpt-oss-120b": "120b"}.get(name)
+    if size and backend == "unsloth" and precision == "4bit":
+        return f"unsloth/gpt-oss-{size}-unsloth-bnb-4bit"
+    return name
+
+
+def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer, ready for `attach_lora`. Frozen, router loss off, no network for a folder.
+
+    Returns (model, tokenizer). Raises `FastossError` when the checkpoint cannot be reached or read.
+    """
+    plan = plan or plan_model(config, gpu=has_gpu())
+    if plan.backend == "unsloth":
+        _prepare_unsloth()
+        import unsloth  # noqa: F401  before transformers, which it patches
+    source = plan.source or _tiny_folder()
+    _reach(source, config.name)
+    model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan)
+    # The checkpoint says 0.9, and TRL would add that loss to every step.
+    model.config.router_aux_loss_coef = 0.0
+    model.config.output_router_logits = False
+    model.config.use_cache = False
+    return model, load_chat_tokenizer(source)
+
+
+def load_chat_tokenizer(source: str) -> Any:
+    """The transformers tokenizer of a model folder or hub id (for TRL and for saving; rendering uses our own)."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(source)
+
+
+def attach_lora(model: Any, settings: LoraSettings, plan: ModelPlan, *, adapter: Path | None = None, recompute: bool = False, seed: int = 42) -> tuple[Any, TrainableCounts, list[str]]:
+    """Put LoRA on the groups that the settings name, and prove that it is there.
+
+    `adapter` fills it with saved weights. Returns (PEFT model, trainable counts, notes). Raises `FastossError` when a
+    target matches nothing, or a layer does not exist.
+    """
+    import torch
+
+    layers, note = chosen_expert_layers(settings, model.config.num_hidden_layers, tiny=plan.source is None)
+    torch.manual_seed(seed)  # lora_A is random: the same on every rank and in every run
+    if plan.backend == "unsloth":
+        peft_model = _attach_with_unsloth(model, settings, layers, recompute, seed)
+    else:
+        peft_model = _attach_with_peft(model, settings, layers)
+    counts = check_targets(peft_model, settings, layers)
+    if adapter is not None:
+        load_adapter_weights(peft_model, adapter, settings)
+    return peft_model, counts, [note] if note else []
+
+
+def _attach_with_peft(model: Any, settings: LoraSettings, layers: list[int]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias="none", task_type="CAUSAL_LM", **peft_targets(settings, layers)
+    )  # fmt: skip
+    return get_peft_model(model, lora)
+
+
+def _load_with_transformers(source: str, plan: ModelPlan) -> Any:
+    import torch
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    from fastoss.model.attention import register_packed_attention
+
+    dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
+    quantized = _quantization(source)
+    arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": register_packed_attention()}
+    if quantized == "mxfp4":
+        arguments["quantization_config"] = Mxfp4Config(dequantize=True)
+    elif plan.precision == "4bit" and quantized is None:
+        arguments["quantization_config"] = _four_bits(dtype=torch.bfloat16)
+    if plan.device == "gpu":
+        arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    return GptOssForCausalLM.from_pretrained(source, **arguments)
+
+
+def _four_bits(dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # The router's choice and the head's logits are too sensitive for 4 bits; fused experts are no Linear and stay as they are.
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "router"]
+    )  # fmt: skip
+
+
+def _quantization(source: str) -> str | None:
+    """How a checkpoint's weights are stored, from its config: `mxfp4`, `bitsandbytes`, or None for plain floats."""
+    from huggingface_hub import hf_hub_download
+
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(hf_hub_download(source, "config.json"))
+    return (json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}).get("quant_method")
+
+
+def _tiny_folder() -> str:
+    from fastoss.model.tiny import tiny_model_folder
+
+    return str(tiny_model_folder())
+
+
+def _reach(source: str, name: str) -> None:
+    """Make sure that a checkpoint's config can be had (folder, hub cache or hub) and is a gpt-oss, before loading."""
+    if Path(source).is_dir():
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = hf_hub_download(source, "config.json")
+    except RepositoryNotFoundError:
+        hint = "check the name; for a private model set HF_TOKEN"
+        raise FastossError(f"the hub has no model {source}", place=f"model.name = {name}", hint=hint) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
+        hint = "check the network (HF_ENDPOINT names another hub), or give a local folder as model.name"
+        fact = f"{source} is not in the hub's cache, and the hub cannot be reached ({type(problem).__name__})"
+        raise FastossError(fact, place=f"model.name = {name}", hint=hint) from None
+    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    if model_type != "gpt_oss":
+        raise FastossError(f"{source} is a `{model_type}` model, not gpt_oss", place=f"model.name = {name}")
+
+
+def packs_documents(plan: ModelPlan) -> bool:
+    """Whether this backend keeps documents apart that share a row. Unsloth's attention for gpt-oss does not (no mask)."""
+    return plan.backend == "transformers"
+
+
+def ready_for_inference(model: Any, plan: ModelPlan) -> Any:
+    """Switch a model to answering."""
+    model.eval()
+    return model
+
+
+def ready_for_training(model: Any, plan: ModelPlan) -> Any:
+    """Switch a model back to training."""
+    model.train()
+    return model

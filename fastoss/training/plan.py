@@ -1,0 +1,31 @@
+"""`--dry-run`: what a recipe would do, with no model loaded and no GPU needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from fastoss.config import Recipe, resolved_dict
+from fastoss.data.dataset import build_dataset
+from fastoss.model.backend import has_gpu, plan_model
+from fastoss.run import RunDirectory
+from fastoss.training.train import batch_line, plan_batches, steps_of
+
+
+def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool) -> Iterator[str]:
+    """The resolved recipe as JSON, then in words what `train` would do."""
+    gpu = has_gpu() or recipe.model.name != "tiny"  # a recipe made for a GPU is judged for one, here or elsewhere
+    plan = plan_model(recipe.model, gpu=gpu, installed=has_gpu())
+    dataset = build_dataset(recipe, sample=sample)
+    yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)
+    yield ""
+    yield f"would train {plan.line()}"
+    if gpu and not has_gpu():
+        yield "this machine has no GPU: train it on one that has, or here with --set model.name=tiny"
+    yield from (f"note: {note}" for note in plan.notes)
+    yield f"LoRA r {recipe.lora.r}, alpha {recipe.lora.lora_alpha:g}, on {' and '.join(recipe.lora.targets)} (experts of layers: {recipe.lora.expert_layers})"
+    yield from dataset.report.lines()
+    layout, schedule = plan_batches(recipe, plan, dataset)
+    yield batch_line(recipe, layout, schedule, steps_of(schedule, recipe))
+    state = "is finished already" if run.is_finished() else "would go on" if run.exists() else "would begin"
+    yield f"run directory: {run.root} ({state})"

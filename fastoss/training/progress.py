@@ -1,0 +1,101 @@
+"""What a person sees of a run: lines on stderr, kept in the run's log as well, and `metrics.jsonl`, one line a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Console:
+    """Says things once: on rank 0, to stderr, and to the run's log when it has one."""
+
+    def __init__(self) -> None:
+        self.quiet = rank() != 0
+        self.log: Path | None = None
+        self._waiting: list[str] = []  # said before the run directory was there
+        self._live = False
+
+    def say(self, text: str = "") -> None:
+        if self.quiet:
+            return
+        self._end_live()
+        print(text, file=sys.stderr, flush=True)
+        self._keep(text)
+
+    def live(self, text: str, *, keep: bool) -> None:
+        """A line that the next one replaces, in a terminal; elsewhere only lines to keep are written."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            self._live = True
+        elif keep:
+            print(text, file=sys.stderr, flush=True)
+        if keep:
+            self._keep(text)
+
+    def log_to(self, path: Path) -> None:
+        if self.quiet:
+            return
+        self.log = path
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            self._keep(text)
+
+    def _keep(self, text: str) -> None:
+        if self.log is None:
+            self._waiting.append(text)
+            return
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.writelines(f"{stamp}  {line}\n" for line in text.splitlines() or [""])
+
+    def _end_live(self) -> None:
+        if self._live:
+            print(file=sys.stderr)
+            self._live = False
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a line for each step, and one for each evaluation. A resumed run goes on after its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int):
+        self.path = path
+        kept = []
+        if resume_step and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the line that a kill tore
+                if entry.get("step", 0) <= resume_step:
+                    kept.append(line)
+        if rank() == 0:
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        if rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def duration(seconds: float) -> str:
+    """`7s`, `2m05s`, `3h10m`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -1,0 +1,249 @@
+"""The story of a run: data, model, samples before, training, adapter, samples after. Each step lives in its own file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastoss.config import Recipe, recipe_from_resolved, resolved_dict
+from fastoss.data.dataset import Dataset, build_dataset
+from fastoss.data.harmony import HarmonyRenderer
+from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
+from fastoss.errors import FastossError, Stopped
+from fastoss.model.adapter import library_versions, write_stamp
+from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_model, packs_documents, plan_model
+from fastoss.model.lora import adapter_folder
+from fastoss.run import RunDirectory, read_json, whole_folder, write_json, write_whole
+from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint
+from fastoss.training.launch import check_gpus
+from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
+from fastoss.training.trackers import prepare_trackers
+
+if TYPE_CHECKING:
+    from fastoss.training.sft import Training
+
+# Settings that change what is said or kept, not what is learned: a run may go on with other values.
+_FREE_SECTIONS = ("checkpoint", "log", "samples", "hub")
+
+
+def train(recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False) -> RunDirectory:
+    """Run a recipe to its end in `run`, or go on where it stopped.
+
+    Raises `FastossError` for bad input before the model loads, `RunFailed` when training fails, `Stopped` when a signal
+    ended it after saving.
+    """
+    console = Console()
+    plan = plan_model(recipe.model, gpu=has_gpu())
+    start_adapter = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
+    trackers = prepare_trackers(recipe.log, console)
+    console.say(f"{recipe.name}: {plan.line()}")
+    for note in plan.notes:
+        console.say(f"note: {note}")
+    dataset = build_dataset(recipe, sample=sample)
+    for line in dataset.report.lines():
+        console.say(line)
+    with _opened(run, recipe, recipe_path, dataset, console, resume=resume, overwrite=overwrite) as unfinished:
+        if not unfinished:
+            return run
+        layout, schedule = plan_batches(recipe, plan, dataset)
+        total_steps = steps_of(schedule, recipe)
+        console.say(batch_line(recipe, layout, schedule, total_steps))
+        _train_model(recipe, run, plan, dataset, layout, schedule, console, trackers, start_adapter)
+    return run
+
+
+def check_before_launch(recipe: Recipe, gpus: int, *, sample: bool = False) -> None:
+    """Find bad input before any process is started. Raises `FastossError`."""
+    import torch
+
+    check_gpus(gpus, available=torch.cuda.device_count())
+    plan_model(recipe.model, gpu=has_gpu())
+    build_dataset(recipe, sample=sample)
+
+
+def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset) -> tuple[Layout, Schedule]:
+    """Which micro-batches the run will train on, over all ranks and epochs."""
+    rule = batch_rule(recipe, plan)
+    schedule = plan_schedule(
+        [len(example) for example in dataset.train],
+        rule,
+        epochs=recipe.train.num_train_epochs,
+        max_steps=recipe.train.max_steps,
+        batches_per_step=recipe.train.gradient_accumulation_steps * world_size(),
+        ranks=world_size(),
+        seed=recipe.train.seed,
+    )
+    return rule.layout, schedule
+
+
+def batch_rule(recipe: Recipe, plan: ModelPlan) -> BatchRule:
+    packed = recipe.train.per_device_train_batch_size is None and packs_documents(plan)
+    return BatchRule("packed" if packed else "padded", tokens=recipe.train.tokens_per_batch, rows=recipe.train.per_device_train_batch_size)
+
+
+def steps_of(schedule: Schedule, recipe: Recipe) -> int:
+    per_step = recipe.train.gradient_accumulation_steps * world_size()
+    return -(-len(schedule.batches) // per_step)
+
+
+def batch_line(recipe: Recipe, layout: Layout, schedule: Schedule, total_steps: int) -> str:
+    train = recipe.train
+    size = f"{train.per_device_train_batch_size} rows" if train.per_device_train_batch_size else f"up to {train.tokens_per_batch:,} tokens"
+    ranks = f" × {world_size()} processes" if world_size() > 1 else ""
+    how = "documents packed and kept apart" if layout == "packed" else "rows padded on the right"
+    return f"{total_steps:,} steps of {train.gradient_accumulation_steps} micro-batches{ranks}, {size} each, {how}"
+
+
+@contextmanager
+def _opened(run: RunDirectory, recipe: Recipe, recipe_path: Path, dataset: Dataset, console: Console, *, resume: bool, overwrite: bool) -> Iterator[bool]:
+    """Lock and prepare the run directory (rank 0 alone writes); yields False when the run is finished already."""
+    if rank() != 0:
+        yield not (resume and run.is_finished())
+        return
+    run.create()
+    with run.lock():
+        if run.exists() and not resume:
+            if not overwrite:
+                hint = "add --overwrite to remove it, or name another place with --output"
+                raise FastossError("the run directory holds a run, and --no-resume would begin anew", place=str(run.root), hint=hint)
+            run.clear()
+        if run.exists():
+            _check_same_run(run, recipe, dataset)
+        if run.is_finished():
+            console.say(f"{run.root} is finished already: its adapter is {run.adapter}")
+            yield False
+            return
+        console.log_to(run.log)
+        write_whole(run.recipe, recipe_path.read_bytes())
+        write_json(run.manifest, _manifest(recipe, dataset))
+        write_json(run.resolved_recipe, resolved_dict(recipe))  # last: a run exists from here on
+        yield True
+
+
+def _check_same_run(run: RunDirectory, recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse to go on with another recipe, other data, or another number of processes."""
+    before = resolved_dict(recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)))
+    now = resolved_dict(recipe)
+    changed = [
+        f"{section}.{key}: {old!r} → {now[section][key]!r}" if isinstance(values, dict) else f"{section}: {values!r} → {now[section]!r}"
+        for section, values in before.items()
+        if section not in _FREE_SECTIONS and section != "data"
+        for key, old in (values.items() if isinstance(values, dict) else [("", values)])
+        if (old != now[section][key] if isinstance(values, dict) else values != now[section])
+    ]
+    manifest = read_json(run.manifest)
+    if manifest["data"]["fingerprint"] != dataset.report.fingerprint:
+        changed.append("the data has changed")
+    if manifest["world_size"] != world_size():
+        changed.append(f"processes: {manifest['world_size']} → {world_size()}")
+    if changed:
+        hint = "begin anew with --no-resume --overwrite, or in another place with --output"
+        raise FastossError(f"the run was begun otherwise: {'; '.join(changed)}", place=str(run.root), hint=hint)
+
+
+def _manifest(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    import torch
+
+    report = asdict(dataset.report)
+    return {
+        "versions": library_versions(),
+        "python": sys.version.split()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "world_size": world_size(),
+        "seed": recipe.train.seed,
+        "format": recipe.format.model_dump(mode="json"),
+        "data": report,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _train_model(
+    recipe: Recipe, run: RunDirectory, plan: ModelPlan, dataset: Dataset, layout: Layout, schedule: Schedule,
+    console: Console, trackers: list[str], start_adapter: Path | None,
+) -> None:  # fmt: skip
+    gpu = plan.device == "gpu"
+    prepare_process(gpu=gpu)
+    started = time.monotonic()
+    console.say(f"loading {plan.source or 'the tiny model'} …")
+    model, tokenizer = load_model(recipe.model, plan)
+    recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
+    model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
+    console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
+    for note in notes:
+        console.say(f"note: {note}")
+
+    # From here on: Unsloth, if it is used, has been imported, and TRL may be.
+    from fastoss.training.samples import Samples
+    from fastoss.training.sft import HarmonySFTTrainer, MetricsFile, StopRequest, Training, check_first_batch, sft_config
+
+    checkpoint = latest_checkpoint(run)
+    samples = Samples(recipe, run, dataset, console)
+    samples.answer_before(model, plan)
+    stop = StopRequest()
+    training = Training(
+        recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
+        train=dataset.train, schedule=schedule, eval=dataset.eval, eval_batches=_eval_batches(recipe, plan, dataset),
+        layout=layout, stop=stop, total_steps=steps_of(schedule, recipe),
+    )  # fmt: skip
+    arguments = sft_config(recipe, run, gpu=gpu, recompute=recompute, trackers=trackers)
+    trainer = HarmonySFTTrainer(training, model=model, args=arguments, processing_class=tokenizer)
+    trainer.pop_callback(_printer())
+    check_first_batch(trainer, HarmonyRenderer(recipe.format))
+    if checkpoint:
+        console.say(f"going on from {checkpoint.name}")
+    begun = time.monotonic()
+    stop.watch()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        stop.restore()
+    if trainer.state.global_step < training.total_steps:
+        raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
+    console.say(f"trained {training.total_steps:,} steps in {duration(time.monotonic() - begun)}")
+    _save_adapter(trainer, recipe, run, plan)
+    if rank() == 0:
+        samples.answer_after(model, plan)
+        console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}")
+
+
+def _save_adapter(trainer: Any, recipe: Recipe, run: RunDirectory, plan: ModelPlan) -> None:
+    if rank() == 0:
+        with whole_folder(run.adapter) as folder:
+            trainer._save(str(folder))
+            write_stamp(folder, recipe.model, recipe.format, plan.backend)
+        shutil.rmtree(run.checkpoints / ".writing", ignore_errors=True)
+
+
+def _eval_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset) -> list[list[int]]:
+    return fill_batches(range(len(dataset.eval)), [len(e) for e in dataset.eval], batch_rule(recipe, plan)) if dataset.eval else []
+
+
+def _printer() -> type:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def prepare_process(*, gpu: bool) -> None:
+    """Process-wide settings of a training run: quiet libraries, and one thread where there is no GPU."""
+    import logging as standard_logging
+    import warnings
+
+    import torch
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn
+    warnings.filterwarnings("ignore", module=r"(trl|transformers|peft|torch|accelerate)\b")
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)  # it regrets missing CPU kernels at import
+    if not gpu:
+        torch.set_num_threads(1)  # bit-reproducible, and two threads on a busy machine are slower by far
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
