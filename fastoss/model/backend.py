@@ -8,18 +8,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastoss.config import LoraSettings, ModelConfig
 from fastoss.errors import FastossError
-from fastoss.model.lora import TrainableCounts, check_targets, chosen_expert_layers, load_adapter_weights, peft_targets
+from fastoss.model.lora import EXPERT_PARAMETERS, TrainableCounts, check_targets, chosen_expert_layers, load_adapter_weights, peft_targets
 from fastoss.run import cache_folder
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,73 @@ def _load_with_transformers(source: str, plan: ModelPlan) -> Any:
         arguments["quantization_config"] = _four_bits(dtype=torch.bfloat16)
     if plan.device == "gpu":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    return GptOssForCausalLM.from_pretrained(source, **arguments)
+    model = GptOssForCausalLM.from_pretrained(source, **arguments)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights for AVX-512 in the first evaluation, and training on them then fails.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _prepare_unsloth() -> None:
+    """Environment that Unsloth reads at import and load: no installs, no statistics, its compiled files in our cache."""
+    os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")  # it would pip-install and apt-get on its own
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # a download that hangs up to 120 s with no network
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled_cache"))  # else in the current folder
+
+
+def _load_with_unsloth(source: str, config: ModelConfig, plan: ModelPlan) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    forms = {"4bit": {"load_in_4bit": True}, "mxfp4": {"load_in_4bit": False}}
+    form = forms.get(plan.precision, {"load_in_4bit": False, "load_in_16bit": True})
+    if plan.device == "cpu":
+        form.pop("load_in_16bit", None)
+    if plan.precision == "bf16":
+        os.environ["UNSLOTH_MXFP4_KEEP_PACKED"] = "0"  # read at load: without it a MXFP4 checkpoint stays packed
+    arguments: dict[str, Any] = {
+        "model_name": source,
+        "max_seq_length": config.max_length,
+        "dtype": torch.float32 if plan.precision == "float32" else torch.bfloat16,
+        "use_gradient_checkpointing": False,  # attach_lora decides
+        **form,
+    }
+    if plan.device == "gpu":
+        arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    model, _ = FastLanguageModel.from_pretrained(**arguments)
+    return model
+
+
+def _attach_with_unsloth(model: Any, settings: LoraSettings, layers: list[int], recompute: bool, seed: int) -> Any:
+    from unsloth import FastLanguageModel
+
+    targets = peft_targets(settings, layers)
+    extra: dict[str, Any] = {}
+    if "experts" in settings.targets and _has_split_experts(model):
+        # The 4-bit checkpoint holds every expert as Linear layers of its own: they are named one by one.
+        # finetune_vision_layers keeps Unsloth from turning the list into a pattern of its own, which loses them.
+        experts = model.config.num_local_experts
+        names = [f"layers.{layer}.mlp.experts.{name}s.{e}" for layer in layers for name in EXPERT_PARAMETERS for e in range(experts)]
+        targets = {"target_modules": targets["target_modules"] + names}
+        extra = {"finetune_vision_layers": True}
+    if targets.get("target_parameters"):
+        targets["target_parameters"] = [f"layers.{name}" for name in targets["target_parameters"]]
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if recompute else False,
+        random_state=seed,
+        **targets,
+        **extra,
+    )
+
+
+def _has_split_experts(model: Any) -> bool:
+    return any(name.endswith("gate_up_projs") for name, _ in model.named_modules())
 
 
 def _four_bits(dtype: Any) -> Any:
@@ -204,12 +266,20 @@ def packs_documents(plan: ModelPlan) -> bool:
 
 
 def ready_for_inference(model: Any, plan: ModelPlan) -> Any:
-    """Switch a model to answering."""
+    """Switch a model to answering (Unsloth has kernels of its own for it)."""
+    if plan.backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
     model.eval()
     return model
 
 
 def ready_for_training(model: Any, plan: ModelPlan) -> Any:
     """Switch a model back to training."""
+    if plan.backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_training(model)
     model.train()
     return model

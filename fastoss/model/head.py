@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-CHUNK = 256  # positions at a time: 206 MB of float32 logits
+CHUNK = 256  # positions at a time on a GPU: 206 MB of float32 logits
+CPU_CHUNK = 32  # 26 MB: below what malloc gives back to the system each time (256 took 1.25 times as long)
 
 
 def chunked_cross_entropy_loss(
@@ -52,6 +53,7 @@ class _TrainedTokenLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> Any:
         loss, correct, entropy = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(3))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = CPU_CHUNK if hidden.device.type == "cpu" else chunk
         for start in range(0, hidden.shape[0], chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk]
             logits = (part @ weight.to(part.dtype).t()).float()
@@ -60,7 +62,7 @@ class _TrainedTokenLoss(torch.autograd.Function):
             normaliser = torch.logsumexp(logits, 1, keepdim=True)
             loss += (normaliser - chosen).sum()
             probabilities = (logits - normaliser).exp_()
-            entropy += normaliser.sum() - torch.dot(probabilities.view(-1), logits.view(-1))
+            entropy += (normaliser.squeeze(1) - torch.linalg.vecdot(probabilities, logits)).sum()
             if gradient is not None:
                 probabilities.scatter_add_(1, target[:, None], torch.full_like(chosen, -1.0))
                 gradient[start : start + chunk] = probabilities.to(weight.dtype) @ weight
