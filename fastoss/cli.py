@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastoss.errors import EXIT_RUN_FAILED, FastossError
+
+if TYPE_CHECKING:
+    from fastoss.config import Recipe
 
 app = typer.Typer(name="fastoss", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -58,7 +61,7 @@ def train(
     train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite)
 
 
-def _train_in_processes(recipe: object, gpus: int, sample: bool) -> None:
+def _train_in_processes(recipe: Recipe, gpus: int, sample: bool) -> None:
     from fastoss.training.launch import launch
     from fastoss.training.train import check_before_launch
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastoss.errors import FastossError
+from fastoss.recipe_checks import TOKENS_PER_BATCH, cross_check
 from fastoss.recipe_errors import RecipeSource, explain
 
 
@@ -208,7 +209,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(table)
     except ValidationError as problems:
         raise explain(problems, source, Recipe) from None
-    _cross_check(recipe, table, source)
+    cross_check(recipe, source)
     return _resolve(recipe, path.parent)
 
 
@@ -260,105 +261,6 @@ def _apply_override(table: dict[str, Any], override: str, source: RecipeSource) 
     source.overridden[tuple(key.split("."))] = f"--set {override}"
 
 
-# Settings of the design that this version cannot honour yet: refused, never ignored.
-_NOT_YET: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("method",), "dpo", "this version trains SFT only"),
-    (("train", "on_oom"), "split", 'use a smaller tokens_per_batch, with on_oom = "error"'),
-    (("distributed", "strategy"), "zero2", 'use strategy = "ddp"'),
-    (("distributed", "strategy"), "zero3", 'use strategy = "ddp"'),
-    (("distributed", "strategy"), "fsdp", 'use strategy = "ddp"'),
-    (("hub", "push"), True, "push the adapter folder yourself: hf upload REPO runs/<name>/adapter"),
-)
-
-_GPT_OSS_NAME = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
-_SCHEDULER_KEYS = {"cosine_with_min_lr": {"min_lr", "min_lr_rate", "num_cycles"}, "cosine": {"num_cycles"}}
-
-
-def _cross_check(recipe: Recipe, given: dict[str, Any], source: RecipeSource) -> None:
-    """Refuse what is well-formed but cannot be meant or honoured."""
-
-    def refuse(key: tuple[str, ...], fact: str, hint: str | None = None) -> None:
-        raise FastossError(fact, place=source.place(key), hint=hint)
-
-    # What was written is refused for what it says, before what this version cannot do yet.
-    if recipe.dpo is not None and recipe.method == "sft":
-        refuse(("dpo",), '`[dpo]` belongs to method = "dpo", and this recipe says method = "sft"', "remove the section, or change the method")
-    for key, value, hint in _NOT_YET:
-        have: Any = recipe
-        for part in key:
-            have = getattr(have, part)
-        if have == value:
-            shown = "true" if value is True else f'"{value}"'
-            refuse(key, f"`{'.'.join(key)} = {shown}` is not available in this version", hint)
-
-    _check_model_name(recipe.model.name, refuse)
-    if recipe.model.backend == "transformers" and recipe.model.precision == "mxfp4" and recipe.model.name != "tiny":
-        hint = 'use precision = "bf16", or backend = "unsloth"'
-        refuse(("model", "precision"), "transformers cannot train on packed MXFP4 weights", hint)
-    if recipe.model.backend == "transformers" and recipe.model.precision == "4bit" and recipe.model.name != "tiny":
-        hint = 'use backend = "unsloth" for 4bit, or precision = "bf16"'
-        refuse(("model", "precision"), "transformers cannot hold gpt-oss's fused experts in 4 bits, they would stay in 16", hint)
-
-    lora, train = recipe.lora, recipe.train
-    if len(set(lora.targets)) != len(lora.targets):
-        refuse(("lora", "targets"), "a target is named twice")
-    if lora.lora_dropout and "experts" in lora.targets:
-        hint = 'set lora_dropout = 0.0, or targets = ["attention"]'
-        refuse(("lora", "lora_dropout"), "LoRA on fused experts knows no dropout", hint)
-    if lora.expert_layers != "all" and "experts" not in lora.targets:
-        refuse(("lora", "expert_layers"), '`expert_layers` is given, but "experts" is not among the targets', 'targets = ["attention", "experts"]')
-    if len(set(recipe.format.train_on)) != len(recipe.format.train_on):
-        refuse(("format", "train_on"), "a channel is named twice")
-
-    if train.tokens_per_batch is not None and train.per_device_train_batch_size is not None:
-        hint = "keep one: tokens_per_batch fills batches by tokens, per_device_train_batch_size by rows"
-        refuse(("train", "per_device_train_batch_size"), "`tokens_per_batch` and `per_device_train_batch_size` contradict each other", hint)
-    if train.per_device_train_batch_size is None and (train.tokens_per_batch or _TOKENS_PER_BATCH) < recipe.model.max_length:
-        fact = f"a batch of {train.tokens_per_batch or _TOKENS_PER_BATCH:,} tokens cannot hold a row of max_length {recipe.model.max_length:,}"
-        key = ("train", "tokens_per_batch") if train.tokens_per_batch else ("model", "max_length")
-        refuse(key, fact, "raise tokens_per_batch, or lower model.max_length")
-    if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):
-        refuse(("train", "warmup_steps"), f"{train.warmup_steps} is neither a whole number of steps nor a share below 1")
-    unknown = set(train.lr_scheduler_kwargs or {}) - _SCHEDULER_KEYS.get(train.lr_scheduler_type, set())
-    if unknown:
-        known = ", ".join(sorted(_SCHEDULER_KEYS.get(train.lr_scheduler_type, set()))) or "none"
-        fact = f"`{min(unknown)}` is no setting of the {train.lr_scheduler_type} schedule"
-        refuse(("train", "lr_scheduler_kwargs"), fact, f"it knows: {known}")
-    if train.lr_scheduler_type == "cosine_with_min_lr" and train.lr_scheduler_kwargs is not None:
-        if not {"min_lr", "min_lr_rate"} & set(train.lr_scheduler_kwargs):
-            refuse(("train", "lr_scheduler_kwargs"), "cosine_with_min_lr needs min_lr or min_lr_rate", "{ min_lr_rate = 0.1 }")
-
-    for number, data in enumerate(recipe.data):
-        hub = data.source.partition(":")[0] if data.source.startswith(("hf:", "modelscope:")) else None
-        if hub and data.sample is None:
-            hint = "download it as JSONL and name the file, or give `sample`"
-            refuse(("data", str(number), "source"), f"`{hub}:` sources are not available in this version", hint)
-    if recipe.hub.repo is not None and not recipe.hub.push:
-        refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
-
-
-def _check_model_name(name: str, refuse: Any) -> None:
-    if name == "tiny":
-        return
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        try:
-            model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError):
-            refuse(("model", "name"), f"the folder {name} has no readable config.json", "name the folder that holds the model's files")
-        if model_type != "gpt_oss":
-            refuse(("model", "name"), f"{name} holds a `{model_type}` model", "fastoss trains the gpt-oss family, whose harmony format it is made for")
-    elif name.startswith(("/", "./", "../", "~")):
-        refuse(("model", "name"), f"there is no folder {name}")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        refuse(("model", "name"), f"`{name}` is neither a hub id (owner/name), nor a folder, nor tiny", 'for example "openai/gpt-oss-20b"')
-    elif not _GPT_OSS_NAME.search(name):
-        refuse(("model", "name"), f"`{name}` is not of the gpt-oss family", 'for example "openai/gpt-oss-20b", or a local folder of that architecture')
-
-
-_TOKENS_PER_BATCH = 16384
-
-
 def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     """Fill in the defaults that depend on other keys, and make data paths absolute."""
 
@@ -370,7 +272,7 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     train = recipe.train
     changes: dict[str, Any] = {}
     if train.per_device_train_batch_size is None and train.tokens_per_batch is None:
-        changes["tokens_per_batch"] = _TOKENS_PER_BATCH
+        changes["tokens_per_batch"] = TOKENS_PER_BATCH
     if train.lr_scheduler_kwargs is None:
         changes["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1} if train.lr_scheduler_type == "cosine_with_min_lr" else {}
     data = tuple(d.model_copy(update={"source": absolute(d.source), "sample": absolute(d.sample)}) for d in recipe.data)

@@ -70,7 +70,9 @@ class DataReport:
             total = self.rows if entry.unit == "rows" else self.examples
             lines.append(f"dropped {entry.count:,} of {total:,} {entry.unit}: {reason} ({entry.listed()})")
         if self.shortened.count:
-            lines.append(f"left out early turns of {self.shortened.count:,} of {self.examples:,} examples to fit max_length ({self.shortened.listed()})")
+            lines.append(
+                f"left out early turns of {self.shortened.count:,} of {self.examples:,} examples to fit max_length ({self.shortened.listed()})"
+            )
         return lines + self.notes
 
 

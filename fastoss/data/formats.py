@@ -48,8 +48,8 @@ def _from_messages(row: Row) -> list[Message]:
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
             raise BadRow(f"message {number} is not an object", place=row.place)
-        role = entry.get("role")
-        role = "system" if role == "developer" else role
+        role: Any = entry.get("role")
+        role = "system" if role == "developer" else role  # harmony's developer message holds what others call the system text
         if role not in ("system", "user", "assistant"):
             hint = "tool calls are not available in this version" if role == "tool" else "system, user or assistant"
             raise BadRow(f"message {number} has the unknown role {role!r}", place=row.place, hint=hint)
@@ -101,7 +101,9 @@ def _assistant(content: str, thinking: str | None, place: str) -> Message:
         found = _THINK.match(content)
         rest = content[found.end() :] if found else content
         if found is None or "<think>" in rest or "</think>" in rest:
-            raise BadRow("a <think> tag is not closed, or not at the beginning", place=place, hint="write <think>reasoning</think> and then the answer")
+            raise BadRow(
+                "a <think> tag is not closed, or not at the beginning", place=place, hint="write <think>reasoning</think> and then the answer"
+            )
         if thinking is not None and thinking.strip() != found[1].strip():
             raise BadRow("the answer has a <think> part and a `thinking` column", place=place, hint="keep one")
         content, thinking = rest, found[1].strip()

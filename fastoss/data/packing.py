@@ -123,7 +123,7 @@ def _pad(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list
             batches.append(members)
             members = []
         members.append(index)
-    return batches + [members]
+    return [*batches, members]
 
 
 def collate(examples: Sequence[Example], layout: Layout, *, train: bool = True) -> dict[str, torch.Tensor]:

@@ -115,6 +115,8 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
     except (ValueError, RecursionError) as problem:
         raise FastossError(f"not valid JSON: {problem}", place=shown(path)) from None
     if not isinstance(values, list):
-        raise FastossError(f"a .json file holds a list of rows, not {_kind(values) if not isinstance(values, dict) else 'an object'}", place=shown(path))
+        raise FastossError(
+            f"a .json file holds a list of rows, not {_kind(values) if not isinstance(values, dict) else 'an object'}", place=shown(path)
+        )
     for index, value in enumerate(values):
         yield _row(value, f"{shown(path)}[{index}]")

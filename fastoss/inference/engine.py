@@ -122,7 +122,9 @@ class Engine:
                     torch.manual_seed(sampling.seed)
                 with torch.no_grad():
                     arguments = sampling.generate_arguments()
-                    self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), stopping_criteria=[cancel], **arguments)
+                    self.model.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), stopping_criteria=[cancel], **arguments
+                    )
                 queue.put(None)
             except BaseException as problem:  # handed to the caller's thread, which raises it
                 queue.put(problem)

@@ -24,7 +24,15 @@ def register_packed_attention() -> str:
 
 
 def packed_sink_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *, scaling: float, dropout: float = 0.0, **kwargs: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer; `query` (batch, heads, tokens, head_dim), `key` and `value` with fewer heads.
 

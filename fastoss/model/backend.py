@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +80,31 @@ def _checkpoint(name: str, precision: str, backend: str) -> str:
     return name
 
 
+def prepare_process(plan: ModelPlan) -> None:
+    """Process-wide settings, before the libraries read them: quiet, and one thread where there is no GPU."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn
+    warnings.filterwarnings("ignore", module=r"(trl|transformers|peft|torch|accelerate|bitsandbytes)\b")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it regrets that it has no CPU kernels
+    if plan.backend == "unsloth":
+        _prepare_unsloth()
+        import unsloth  # noqa: F401  before transformers, which it patches
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if plan.source is None or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if plan.device == "cpu":
+        torch.set_num_threads(1)  # bit-reproducible, and on a busy machine two threads are slower by far
+
+
 def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> tuple[Any, Any]:
     """Load the base model and its tokenizer, ready for `attach_lora`. Frozen, router loss off, no network for a folder.
 
     Returns (model, tokenizer). Raises `FastossError` when the checkpoint cannot be reached or read.
     """
     plan = plan or plan_model(config, gpu=has_gpu())
-    if plan.backend == "unsloth":
-        _prepare_unsloth()
-        import unsloth  # noqa: F401  before transformers, which it patches
+    prepare_process(plan)
     source = plan.source or _tiny_folder()
     _reach(source, config.name)
     model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan)
@@ -103,7 +122,9 @@ def load_chat_tokenizer(source: str) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(source)
 
 
-def attach_lora(model: Any, settings: LoraSettings, plan: ModelPlan, *, adapter: Path | None = None, recompute: bool = False, seed: int = 42) -> tuple[Any, TrainableCounts, list[str]]:
+def attach_lora(
+    model: Any, settings: LoraSettings, plan: ModelPlan, *, adapter: Path | None = None, recompute: bool = False, seed: int = 42
+) -> tuple[Any, TrainableCounts, list[str]]:
     """Put LoRA on the groups that the settings name, and prove that it is there.
 
     `adapter` fills it with saved weights. Returns (PEFT model, trainable counts, notes). Raises `FastossError` when a
@@ -126,9 +147,8 @@ def attach_lora(model: Any, settings: LoraSettings, plan: ModelPlan, *, adapter:
 def _attach_with_peft(model: Any, settings: LoraSettings, layers: list[int]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias="none", task_type="CAUSAL_LM", **peft_targets(settings, layers)
-    )  # fmt: skip
+    targets = peft_targets(settings, layers)
+    lora = LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias="none", task_type="CAUSAL_LM", **targets)
     return get_peft_model(model, lora)
 
 

@@ -32,7 +32,8 @@ def chunked_cross_entropy_loss(
     where there is no loss. Returns the loss (sum over trained tokens divided by `num_items_in_batch`, or their mean),
     the number of tokens predicted right, the summed entropy in nats, and the number of trained tokens.
     """
-    assert logit_scale == 1.0 and final_logit_softcapping is None and lm_head_bias is None, "gpt-oss's head is a plain product"
+    plain = logit_scale == 1.0 and final_logit_softcapping is None and lm_head_bias is None
+    assert plain, "gpt-oss's head is a plain product"
     assert not lm_head_weight.requires_grad, "the head is frozen under LoRA"
     if shift_labels is None:
         assert labels is not None

@@ -118,5 +118,9 @@ def adapter_folder(name: str) -> Path:
     if not path.is_dir():
         raise FastossError("there is no such run or adapter", place=name)
     checkpoint = (path / "checkpoints").is_dir()
-    hint = "the run has not finished: start the same train command again" if checkpoint else "name a run (runs/<name>), or a folder with adapter_model.safetensors"
+    hint = (
+        "the run has not finished: start the same train command again"
+        if checkpoint
+        else "name a run (runs/<name>), or a folder with adapter_model.safetensors"
+    )
     raise FastossError("no adapter in this folder", place=name, hint=hint)

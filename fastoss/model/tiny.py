@@ -29,6 +29,7 @@ SETTINGS = {
     "sliding_window": 128,
     "max_position_embeddings": 131072,
     "router_aux_loss_coef": 0.9,
+    "bos_token_id": 199998,
     "pad_token_id": PAD,
     "eos_token_id": STOP_IDS[0],
 }
@@ -54,7 +55,7 @@ def build_tiny_model(folder: Path) -> None:
         model = GptOssForCausalLM(GptOssConfig(**SETTINGS))
     _initialise(model)
     with whole_folder(folder) as beside:
-        model.generation_config = GenerationConfig(eos_token_id=list(STOP_IDS), pad_token_id=PAD)
+        model.generation_config = GenerationConfig(bos_token_id=SETTINGS["bos_token_id"], eos_token_id=list(STOP_IDS), pad_token_id=PAD)
         model.save_pretrained(beside)
         write_tokenizer(beside)
 

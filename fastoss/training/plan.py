@@ -23,7 +23,9 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool) -> Iterato
     if gpu and not has_gpu():
         yield "this machine has no GPU: train it on one that has, or here with --set model.name=tiny"
     yield from (f"note: {note}" for note in plan.notes)
-    yield f"LoRA r {recipe.lora.r}, alpha {recipe.lora.lora_alpha:g}, on {' and '.join(recipe.lora.targets)} (experts of layers: {recipe.lora.expert_layers})"
+    lora = recipe.lora
+    experts = f" (of layers: {lora.expert_layers})" if "experts" in lora.targets else ""
+    yield f"LoRA r {lora.r}, alpha {lora.lora_alpha:g}, on {' and '.join(lora.targets)}{experts}"
     yield from dataset.report.lines()
     layout, schedule = plan_batches(recipe, plan, dataset)
     yield batch_line(recipe, layout, schedule, steps_of(schedule, recipe))

@@ -75,12 +75,11 @@ class Samples:
         return replies
 
     def _write(self, after: list[Any]) -> None:
-        lines = [
-            json.dumps(
-                {"messages": self._shown(q), "expected": asdict(q.expected) if q.expected else None, "before": b, "after": a}, ensure_ascii=False
-            )  # fmt: skip
+        entries = [
+            {"messages": self._shown(q), "expected": asdict(q.expected) if q.expected else None, "before": b, "after": a}
             for q, b, a in zip(self.questions, self.before, after, strict=True)
         ]
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
         write_whole(self.run.samples, "".join(line + "\n" for line in lines))
 
     @staticmethod

@@ -137,6 +137,8 @@ def sft_config(recipe: Recipe, run: RunDirectory, *, gpu: bool, recompute: bool,
 class HarmonySFTTrainer(SFTTrainer):
     """TRL's trainer over a schedule laid out beforehand: whole checkpoints, token-weighted evaluation, no NaN unseen."""
 
+    control: Any  # transformers' TrainerControl
+
     def __init__(self, training: Training, **arguments: Any):
         self.training = training
         self._micro_batch = 0
@@ -226,6 +228,7 @@ class HarmonySFTTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone: the tokenizer (28 MB) does not change, and training_args.bin is a pickle that holds tokens.
+        assert output_dir is not None
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
 

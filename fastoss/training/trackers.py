@@ -16,7 +16,7 @@ _OFFLINE = {"wandb": ("WANDB_MODE", ("offline", "disabled")), "swanlab": ("SWANL
 
 def prepare_trackers(settings: LogSettings, console: Console) -> list[str]:
     """The trackers that can record here, as transformers' `report_to`. `FastossError` when one is not installed."""
-    usable = []
+    usable: list[str] = []
     for name in settings.trackers:
         if importlib.util.find_spec(name) is None:
             hint = f"pip install 'fastoss[{name}]', or remove it from log.trackers"

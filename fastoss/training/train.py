@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastoss.config import Recipe, recipe_from_resolved, resolved_dict
 from fastoss.data.dataset import Dataset, build_dataset
@@ -26,14 +25,13 @@ from fastoss.training.launch import check_gpus
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
 from fastoss.training.trackers import prepare_trackers
 
-if TYPE_CHECKING:
-    from fastoss.training.sft import Training
-
 # Settings that change what is said or kept, not what is learned: a run may go on with other values.
 _FREE_SECTIONS = ("checkpoint", "log", "samples", "hub")
 
 
-def train(recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False) -> RunDirectory:
+def train(
+    recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False
+) -> RunDirectory:
     """Run a recipe to its end in `run`, or go on where it stopped.
 
     Raises `FastossError` for bad input before the model loads, `RunFailed` when training fails, `Stopped` when a signal
@@ -102,7 +100,9 @@ def batch_line(recipe: Recipe, layout: Layout, schedule: Schedule, total_steps: 
 
 
 @contextmanager
-def _opened(run: RunDirectory, recipe: Recipe, recipe_path: Path, dataset: Dataset, console: Console, *, resume: bool, overwrite: bool) -> Iterator[bool]:
+def _opened(
+    run: RunDirectory, recipe: Recipe, recipe_path: Path, dataset: Dataset, console: Console, *, resume: bool, overwrite: bool
+) -> Iterator[bool]:
     """Lock and prepare the run directory (rank 0 alone writes); yields False when the run is finished already."""
     if rank() != 0:
         yield not (resume and run.is_finished())
@@ -169,7 +169,6 @@ def _train_model(
     console: Console, trackers: list[str], start_adapter: Path | None,
 ) -> None:  # fmt: skip
     gpu = plan.device == "gpu"
-    prepare_process(gpu=gpu)
     started = time.monotonic()
     console.say(f"loading {plan.source or 'the tiny model'} …")
     model, tokenizer = load_model(recipe.model, plan)
@@ -181,7 +180,7 @@ def _train_model(
 
     # From here on: Unsloth, if it is used, has been imported, and TRL may be.
     from fastoss.training.samples import Samples
-    from fastoss.training.sft import HarmonySFTTrainer, MetricsFile, StopRequest, Training, check_first_batch, sft_config
+    from fastoss.training.sft import HarmonySFTTrainer, StopRequest, Training, check_first_batch, sft_config
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
@@ -229,21 +228,3 @@ def _printer() -> type:
     from transformers.trainer_callback import PrinterCallback
 
     return PrinterCallback
-
-
-def prepare_process(*, gpu: bool) -> None:
-    """Process-wide settings of a training run: quiet libraries, and one thread where there is no GPU."""
-    import logging as standard_logging
-    import warnings
-
-    import torch
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn
-    warnings.filterwarnings("ignore", module=r"(trl|transformers|peft|torch|accelerate)\b")
-    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)  # it regrets missing CPU kernels at import
-    if not gpu:
-        torch.set_num_threads(1)  # bit-reproducible, and two threads on a busy machine are slower by far
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -1,0 +1,47 @@
+# Every target works on a fresh clone: it makes .venv and installs into it what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+# A CPU build of torch where there is one: plain `torch` would pull gigabytes of CUDA.
+TORCH_CPU := torch==2.13.0
+UNSLOTH_CPU := unsloth==2026.10.9 unsloth_zoo==2026.10.9
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test lint bench gpu gpu-dry clean
+
+quickstart: .venv/base.done  ## train the tiny model on the shipped sample, show base and tuned replies
+	$(BIN)/fastoss train recipes/quickstart.toml --no-resume --overwrite
+
+test: .venv/test.done lint  ## everything CI runs
+	$(BIN)/python -m pytest
+
+lint: .venv/test.done  ## style, import directions, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: .venv/test.done  ## benchmarks that need no GPU
+	$(BIN)/python benchmarks/cpu.py
+
+gpu:  ## GPU checks in phases, on a machine with a GPU and fastoss installed with its unsloth extra
+	$(PYTHON) benchmarks/gpu_checks.py
+
+gpu-dry: .venv/test.done  ## the same script from start to end at the tiny shape, on the CPU
+	$(BIN)/python benchmarks/gpu_checks.py --dry-run
+
+clean:
+	rm -rf .venv runs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# The package before its parts: one resolver run keeps the versions together.
+.venv/base.done: .venv/bin/python pyproject.toml
+	$(PIP) "$(TORCH_CPU)" -e .
+	touch $@
+
+# Unsloth without its dependencies: they would replace the CPU torch by a CUDA build.
+.venv/test.done: .venv/bin/python pyproject.toml
+	$(PIP) "$(TORCH_CPU)" -e ".[test,dev]"
+	$(PIP) --no-deps $(UNSLOTH_CPU)
+	touch .venv/base.done $@
