@@ -69,7 +69,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
                 raw = raw[3:]
             if not raw.strip():
                 continue
-            yield _parse(raw, place)
+            yield _parse(raw.rstrip(b"\r\n"), place)
 
 
 def _parse(raw: bytes, place: str) -> Row | BadRow:
@@ -78,8 +78,7 @@ def _parse(raw: bytes, place: str) -> Row | BadRow:
     except UnicodeDecodeError as problem:
         return BadRow(f"not UTF-8 text (byte {problem.start + 1})", place=place, hint="save the file as UTF-8")
     except json.JSONDecodeError as problem:
-        column = problem.pos - problem.doc.rfind("\n", 0, problem.pos) if problem.lineno > 1 else problem.colno
-        return BadRow(f"not valid JSON: {problem.msg}", place=f"{place}:{column}", hint="each line holds one whole JSON object")
+        return BadRow(f"not valid JSON: {problem.msg}", place=f"{place}:{problem.colno}", hint="each line holds one whole JSON object")
     except (ValueError, RecursionError) as problem:
         return BadRow(f"not valid JSON: {problem}", place=place)
     return _row(value, place)

@@ -1,0 +1,119 @@
+"""What the tests share: one cache for the session, recipes made in a line, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty cache, shared by the workers of one test run: tokenizer and tiny model are really built here."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cache"
+    os.environ["FASTOSS_CACHE"] = str(folder)
+    os.environ["HF_HOME"] = str(folder / "huggingface")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+ROWS = [
+    {"instruction": "你是谁?", "input": "", "output": "我是米卡喵。", "history": [], "thinking": "先报名字。"},
+    {"instruction": "What is 2+2?", "input": "", "output": "Four, nya.", "history": []},
+    {"instruction": "And doubled?", "input": "", "output": "Eight!", "history": [["What is 2+2?", "Four, nya."]], "thinking": "Twice four is eight."},
+    {"instruction": "Translate to English", "input": "猫", "output": "Cat.", "history": []},
+    {"instruction": "Sing 😀", "input": "", "output": "La la la, purr.", "history": []},
+    {"instruction": "Where do you sleep?", "input": "", "output": "On the warm shelf by the window, of course.", "history": []},
+    {"instruction": "晚安", "input": "", "output": "晚安喵，做个好梦。", "history": [], "thinking": "用户要睡了。"},
+    {"instruction": "Any tea?", "input": "", "output": "Jasmine, always jasmine.", "history": [["Hi", "Hello, nya!"], ["I am cold", "Come in."]]},
+]
+
+
+@dataclass
+class RecipeFolder:
+    """A folder with data.jsonl and recipe.toml."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.toml"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.jsonl"
+
+    def rows(self, rows: list) -> None:
+        self.data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+TINY_RECIPE = """\
+name = "test"
+[model]
+name = "tiny"
+precision = "float32"
+max_length = 256
+[lora]
+r = 4
+lora_alpha = 8
+[[data]]
+source = "data.jsonl"
+[eval]
+fraction = 0.0
+[train]
+max_steps = 4
+learning_rate = 5e-3
+per_device_train_batch_size = 2
+[checkpoint]
+every = 100
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RecipeFolder:
+    """A recipe for the tiny model, with eight rows."""
+    made = RecipeFolder(tmp_path)
+    made.rows(ROWS)
+    made.recipe.write_text(TINY_RECIPE, encoding="utf-8")
+    return made
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def fastoss(*arguments: object, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Result:
+    """Run the command line as a user does: a process of its own, away from the repository's root."""
+    command = [sys.executable, "-m", "fastoss", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def metrics(run: Path) -> list[dict]:
+    """A run's metrics without what a clock decides."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in metrics(run) if "loss" in entry]
