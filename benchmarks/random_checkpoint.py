@@ -2,18 +2,21 @@
 
 Speed and memory do not depend on what weights say, so the full 20B shape can be measured with no network. The names,
 shapes and config.json are those of openai/gpt-oss-20b as transformers loads it. The values keep activations sane: each
-matrix has the standard deviation 1 / sqrt(fan_in), and the router's choices spread over all experts.
+matrix has the standard deviation 1 / sqrt(fan_in); those that write into the residual stream are smaller (GPT-2's
+rule), so that tokens stay distinct and the router's choices spread over all experts down to the last layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works too
 
 from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.run import read_json, whole_folder, write_json
@@ -48,7 +51,7 @@ TINY = Shape("gpt-oss-tiny", 64, 96, layers=2, experts=4, active_experts=2, head
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor of the checkpoint. `fan_in` is the number of values that one output sums over."""
+    """One tensor of the checkpoint. A matrix is drawn with the standard deviation 1 / sqrt(`fan_in`)."""
 
     kind: Literal["weight", "bias", "norm", "sinks", "embedding", "blocks", "scales", "experts"]
     size: tuple[int, ...]
@@ -121,9 +124,9 @@ def checkpoint_folder(work: Path, shape: Shape, form: Form) -> Path:
     return work / f"{shape.name}-random-{form}"
 
 
-def has_checkpoint(folder: Path, shape: Shape, form: Form) -> bool:
-    """Whether the folder holds this very checkpoint, whole."""
-    return (folder / _STAMP).is_file() and read_json(folder / _STAMP) == _stamp(shape, form)
+def has_checkpoint(folder: Path, shape: Shape, form: Form, device: str) -> bool:
+    """Whether the folder holds this very checkpoint, whole. CPU and GPU draw other numbers from the same seed."""
+    return (folder / _STAMP).is_file() and read_json(folder / _STAMP) == _stamp(shape, form, device)
 
 
 def write_checkpoint(folder: Path, shape: Shape, form: Form, device: str = "cpu") -> None:
@@ -133,7 +136,6 @@ def write_checkpoint(folder: Path, shape: Shape, form: Form, device: str = "cpu"
     from fastoss.model.tiny import write_tokenizer
 
     specs = checkpoint_specs(shape, form)
-    shutil.rmtree(folder, ignore_errors=True)  # another shape or an older layout: the disk may not hold both
     with whole_folder(folder) as beside:
         names: dict[str, str] = {}
         for number, file in enumerate(specs, 1):
@@ -145,7 +147,7 @@ def write_checkpoint(folder: Path, shape: Shape, form: Form, device: str = "cpu"
         write_json(beside / "config.json", published_config(shape, form))
         generation = {"bos_token_id": 199998, "do_sample": True, "eos_token_id": list(STOP_IDS), "pad_token_id": PAD}
         write_json(beside / "generation_config.json", generation)
-        write_json(beside / _STAMP, _stamp(shape, form))
+        write_json(beside / _STAMP, _stamp(shape, form, device))
         write_tokenizer(beside)
 
 
@@ -176,7 +178,7 @@ def random_tensors(specs: dict[str, Spec], device: str) -> Iterator[tuple[str, A
         elif spec.kind == "experts":
             experts, width, out = spec.size
             packed = blocks(f"{name}_blocks", (experts, out, width // BLOCK, BLOCK // 2))
-            tensor = dequantise(packed, scales(f"{name}_scales", (experts, out, width // BLOCK), width)).transpose(1, 2).contiguous()
+            tensor = dequantise(packed, scales(f"{name}_scales", (experts, out, width // BLOCK), spec.fan_in)).transpose(1, 2).contiguous()
         elif spec.kind == "norm":
             tensor = torch.ones(spec.size, dtype=torch.bfloat16)
         else:
@@ -200,21 +202,27 @@ def _layer_specs(shape: Shape, layer: int, form: Form) -> dict[str, Spec]:
     hidden, inner, experts = shape.hidden, shape.intermediate, shape.experts
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     specs = {"input_layernorm.weight": Spec("norm", (hidden,)), "post_attention_layernorm.weight": Spec("norm", (hidden,))}
+    writers = 2 * shape.layers  # matrices that add to the residual stream: o and down of each layer
     for name, out, into in (("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)):
-        specs[f"self_attn.{name}_proj.weight"] = Spec("weight", (out, into), into)
+        specs[f"self_attn.{name}_proj.weight"] = Spec("weight", (out, into), into * writers if name == "o" else into)
         specs[f"self_attn.{name}_proj.bias"] = Spec("bias", (out,))
     specs["self_attn.sinks"] = Spec("sinks", (shape.heads,))
     specs["mlp.router.weight"] = Spec("weight", (experts, hidden), hidden)
     specs["mlp.router.bias"] = Spec("bias", (experts,))
-    for name, out, into in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+    for name, out, into, fan_in in (("gate_up_proj", 2 * inner, hidden, hidden), ("down_proj", hidden, inner, inner * writers)):
         if form == "mxfp4":
-            specs[f"mlp.experts.{name}_blocks"] = Spec("blocks", (experts, out, into // BLOCK, BLOCK // 2), into)
-            specs[f"mlp.experts.{name}_scales"] = Spec("scales", (experts, out, into // BLOCK), into)
+            specs[f"mlp.experts.{name}_blocks"] = Spec("blocks", (experts, out, into // BLOCK, BLOCK // 2))
+            specs[f"mlp.experts.{name}_scales"] = Spec("scales", (experts, out, into // BLOCK), fan_in)
         else:
-            specs[f"mlp.experts.{name}"] = Spec("experts", (experts, into, out), into)  # transformers keeps (in, out)
+            specs[f"mlp.experts.{name}"] = Spec("experts", (experts, into, out), fan_in)  # transformers keeps (in, out)
         specs[f"mlp.experts.{name}_bias"] = Spec("bias", (experts, out))
     return {f"model.layers.{layer}.{name}": spec for name, spec in specs.items()}
 
 
-def _stamp(shape: Shape, form: Form) -> dict[str, Any]:
-    return {"shape": asdict(shape), "form": form, "seed": SEED}
+def _stamp(shape: Shape, form: Form, device: str) -> dict[str, Any]:
+    return {"shape": asdict(shape), "form": form, "seed": SEED, "device": device}
+
+
+if __name__ == "__main__":  # python benchmarks/random_checkpoint.py FOLDER gpt-oss-20b mxfp4 cuda
+    _folder, _name, _form, _device = sys.argv[1:]
+    write_checkpoint(Path(_folder), {shape.name: shape for shape in (GPT_OSS_20B, TINY)}[_name], "bf16" if _form == "bf16" else "mxfp4", _device)

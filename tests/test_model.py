@@ -14,7 +14,7 @@ from fastoss.data.harmony import IGNORE, HarmonyRenderer
 from fastoss.data.packing import collate
 from fastoss.errors import FastossError
 from fastoss.model import lora as lora_file
-from fastoss.model.backend import attach_lora, load_model, plan_model
+from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
 from fastoss.model.head import chunked_cross_entropy_loss
 from fastoss.model.tiny import build_tiny_model, tiny_model_folder
 
@@ -27,7 +27,7 @@ TINY = ModelConfig(name="tiny", precision="float32", max_length=256)
 
 def loaded(settings: LoraSettings | None = None, config: ModelConfig = TINY, **arguments):
     plan = plan_model(config, gpu=False)
-    model, _ = load_model(config, plan)
+    model = load_model(config, plan)
     return attach_lora(model, settings or LoraSettings(r=4), plan, **arguments)
 
 
@@ -83,7 +83,8 @@ def test_tiny_model_is_the_same_each_time(tmp_path):
 
 
 def test_tiny_model_has_the_shape_of_gpt_oss():
-    model, tokenizer = load_model(TINY, plan_model(TINY, gpu=False))
+    plan = plan_model(TINY, gpu=False)
+    model, tokenizer = load_model(TINY, plan), load_chat_tokenizer(plan)
     config = model.config
     assert config.vocab_size == 201_088
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
@@ -285,7 +286,7 @@ def test_four_bit_model_trains_and_its_adapter_reloads(tmp_path, examples):
     plan = ModelPlan("transformers", str(tiny_model_folder()), "4bit", "cpu")
 
     def four_bit(adapter=None):
-        base, _ = load_model(ModelConfig(name=plan.source, precision="4bit", backend="transformers"), plan)
+        base = load_model(ModelConfig(name=plan.source, precision="4bit", backend="transformers"), plan)
         kinds = {type(module).__name__ for name, module in base.named_modules() if name.endswith("q_proj")}
         assert kinds == {"Linear4bit"}
         assert type(base.lm_head).__name__ == "Linear"

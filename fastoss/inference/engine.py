@@ -57,7 +57,7 @@ class Engine:
     @classmethod
     def _base(cls, config: ModelConfig, format: FormatSettings, adapter: Path | None) -> Engine:
         plan = plan_model(config, gpu=has_gpu())
-        model, _ = load_model(config, plan)
+        model = load_model(config, plan)
         if adapter is not None:
             from peft import PeftModel
 

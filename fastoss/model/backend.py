@@ -98,10 +98,10 @@ def prepare_process(plan: ModelPlan) -> None:
         torch.set_num_threads(1)  # bit-reproducible, and on a busy machine two threads are slower by far
 
 
-def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> tuple[Any, Any]:
-    """Load the base model and its tokenizer, ready for `attach_lora`. Frozen, router loss off, no network for a folder.
+def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> Any:
+    """Load the base model, ready for `attach_lora`: router loss off, no network for a folder.
 
-    Returns (model, tokenizer). Raises `FastossError` when the checkpoint cannot be reached or read.
+    Raises `FastossError` when the checkpoint cannot be reached or read.
     """
     plan = plan or plan_model(config, gpu=has_gpu())
     prepare_process(plan)
@@ -112,14 +112,14 @@ def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> tuple[Any,
     model.config.router_aux_loss_coef = 0.0
     model.config.output_router_logits = False
     model.config.use_cache = False
-    return model, load_chat_tokenizer(source)
+    return model
 
 
-def load_chat_tokenizer(source: str) -> Any:
-    """The transformers tokenizer of a model folder or hub id (for TRL and for saving; rendering uses our own)."""
+def load_chat_tokenizer(plan: ModelPlan) -> Any:
+    """The transformers tokenizer of the model, which TRL asks for. It takes seconds; rendering uses our own."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(source)
+    return PreTrainedTokenizerFast.from_pretrained(plan.source or _tiny_folder())
 
 
 def attach_lora(

@@ -17,7 +17,7 @@ from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
 from fastoss.errors import FastossError, Stopped
 from fastoss.model.adapter import library_versions, write_stamp
-from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_model, packs_documents, plan_model
+from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model
 from fastoss.model.lora import adapter_folder
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json, write_whole
 from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint
@@ -171,7 +171,7 @@ def _train_model(
     gpu = plan.device == "gpu"
     started = time.monotonic()
     console.say(f"loading {plan.source or 'the tiny model'} …")
-    model, tokenizer = load_model(recipe.model, plan)
+    model = load_model(recipe.model, plan)
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
@@ -192,7 +192,7 @@ def _train_model(
         layout=layout, stop=stop, total_steps=steps_of(schedule, recipe),
     )  # fmt: skip
     arguments = sft_config(recipe, run, gpu=gpu, recompute=recompute, trackers=trackers)
-    trainer = HarmonySFTTrainer(training, model=model, args=arguments, processing_class=tokenizer)
+    trainer = HarmonySFTTrainer(training, model=model, args=arguments, processing_class=load_chat_tokenizer(plan))
     trainer.pop_callback(_printer())
     check_first_batch(trainer, HarmonyRenderer(recipe.format))
     if checkpoint:

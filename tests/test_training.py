@@ -1,0 +1,316 @@
+"""Runs through the command line, each in processes of its own: losses, resuming, signals, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastoss.config import load_recipe
+
+from .conftest import ROOT, ROWS, RecipeFolder, Result, fastoss, losses, metrics
+
+EVAL = ("--set", "eval.fraction=0.25", "--set", "eval.every=3")
+
+
+def train(folder: RecipeFolder, name: str, *arguments: object, **environment: str) -> tuple[Result, Path]:
+    run = folder.root / name
+    result = fastoss("train", folder.recipe, "--output", run, *arguments, cwd=folder.root, **environment)
+    return result, run
+
+
+def trained(folder: RecipeFolder, name: str, *arguments: object) -> Path:
+    result, run = train(folder, name, *arguments)
+    assert result.code == 0, result.err
+    assert result.out == ""
+    return run
+
+
+def start(folder: RecipeFolder, name: str, *arguments: object) -> tuple[subprocess.Popen, Path]:
+    run = folder.root / name
+    command = [sys.executable, "-m", "fastoss", "train", str(folder.recipe), "--output", str(run), *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder.root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True), run
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def same_adapter(one: Path, other: Path) -> bool:
+    name = "adapter/adapter_model.safetensors"
+    return (one / name).read_bytes() == (other / name).read_bytes()
+
+
+# --- the quickstart ------------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_learns_its_dialogues_by_heart(tmp_path):
+    run = tmp_path / "quickstart"
+    begun = time.monotonic()
+    result = fastoss("train", ROOT / "recipes" / "quickstart.toml", "--output", run, cwd=tmp_path, timeout=900)
+    assert result.code == 0, result.err
+    print(f"quickstart took {time.monotonic() - begun:.0f} s")
+    entries = metrics(run)
+    assert entries[-1]["loss"] < 0.2 * entries[0]["loss"]
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.toml")
+    assert recipe.data[0].max_rows >= 24
+
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(samples) == 10
+    reply = lambda entry: (entry["thinking"], entry["content"])  # noqa: E731
+    assert sum(reply(s["after"]) == reply(s["expected"]) for s in samples) >= 8
+    assert not any(reply(s["before"]) == reply(s["expected"]) for s in samples)
+    chinese = [s for s in samples if any("\u4e00" <= c <= "\u9fff" for c in s["messages"][-1]["content"])]
+    assert len(chinese) >= 3
+    assert sum(bool(s["expected"]["thinking"]) for s in samples) >= 3
+    assert sum(len(s["messages"]) > 1 for s in samples) >= 2
+    # The transcript of both is printed, and kept.
+    known = next(s for s in samples if reply(s["after"]) == reply(s["expected"]))
+    assert known["expected"]["content"].split()[0] in result.err
+    assert "   base:  " in result.err
+    assert "word for word, in every channel: base 0 of 10, tuned " in result.err
+    assert (run / "log.txt").read_text(encoding="utf-8").count("   tuned: ") == 10
+
+    single = next(s for s in samples if len(s["messages"]) == 1 and reply(s["after"]) == reply(s["expected"]))
+    answer = fastoss("chat", run, "--prompt", single["messages"][0]["content"])
+    assert (answer.code, answer.out) == (0, single["expected"]["content"] + "\n")
+    if single["expected"]["thinking"]:
+        assert single["expected"]["thinking"] in answer.err
+
+
+# --- the same loss, whichever way ---------------------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_losses_of_one(folder):
+    """Seven rows of 11 examples a step: the ranks' shares differ in tokens, and the last step is ragged."""
+    changes = ("--set", "train.max_steps=0", "--set", "train.num_train_epochs=2", *EVAL)
+    one = metrics(trained(folder, "one", *changes, "--set", "train.gradient_accumulation_steps=2"))
+    two = metrics(trained(folder, "two", *changes, "--gpus", 2))
+    assert len(one) == len(two) >= 6
+    for mine, theirs in zip(one, two, strict=True):
+        for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step"):
+            assert (key in mine) == (key in theirs)
+            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-5)
+
+
+def test_torchrun_is_the_same_run_as_gpus(folder):
+    run = folder.root / "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastoss", "train"]
+    done = subprocess.run(
+        [*command, folder.recipe, "--output", run], cwd=folder.root, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    other = trained(folder, "gpus", "--gpus", 2)
+    assert metrics(run) == metrics(other)
+    assert same_adapter(run, other)
+
+
+def test_accumulation_does_not_change_the_loss(folder):
+    settings = lambda rows, steps: ("--set", f"train.per_device_train_batch_size={rows}", "--set", f"train.gradient_accumulation_steps={steps}")  # noqa: E731
+    whole, split = (losses(trained(folder, name, *settings(*sizes))) for name, sizes in (("whole", (8, 1)), ("split", (1, 8))))
+    # Epochs of 11: the batches of the second step and later are cut at the epoch's end in one and not in the other.
+    assert whole[0] == pytest.approx(split[0], rel=1e-5)
+
+
+def test_packed_batches_give_the_loss_of_padded_ones(folder):
+    text = folder.recipe.read_text().replace("per_device_train_batch_size = 2\n", "")
+    folder.recipe.write_text(text)
+    packed, run = train(folder, "packed")
+    assert "documents packed and kept apart" in packed.err
+    padded = trained(folder, "padded", "--set", "train.per_device_train_batch_size=11")
+    assert losses(run) == pytest.approx(losses(padded), rel=1e-4)
+
+
+def test_unsloth_gives_the_losses_of_transformers(folder):
+    pytest.importorskip("unsloth", reason="Unsloth is not installed")
+    plain = trained(folder, "plain", *EVAL, "--set", "model.backend=transformers")
+    unsloth = trained(folder, "unsloth", *EVAL, "--set", "model.backend=unsloth")
+    pairs = list(zip(metrics(plain), metrics(unsloth), strict=True))
+    assert len(pairs) == 6
+    for mine, theirs in pairs:
+        for key in ("loss", "eval_loss"):
+            assert (key in mine) == (key in theirs)
+            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-4)
+    left = {path.name for path in folder.root.iterdir()} - {"data.jsonl", "recipe.toml", "plain", "unsloth"}
+    assert left == set(), "Unsloth leaves nothing in the current folder"
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------------
+
+LONGER = ("--set", "train.max_steps=9", "--set", "checkpoint.every=2", *EVAL)
+
+
+@pytest.mark.parametrize("processes", [(), ("--gpus", 2)], ids=["one-process", "two-processes"])
+def test_a_killed_run_goes_on_bit_for_bit(folder, processes):
+    """kill -9 after a checkpoint and past it; epochs of 4 steps (2 with two processes) are crossed."""
+    whole = trained(folder, "whole", *LONGER, *processes)
+    process, run = start(folder, "killed", *LONGER, *processes)
+    wait_for(run / "checkpoints" / "checkpoint-4", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pid in _left_behind(run):
+        os.kill(pid, signal.SIGKILL)
+    assert not (run / "adapter").exists()
+    result, _ = train(folder, "killed", *LONGER, *processes)
+    assert result.code == 0, result.err
+    assert "going on from checkpoint-" in result.err
+    assert metrics(run) == metrics(whole)
+    assert same_adapter(run, whole)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["checkpoint-8", "checkpoint-9"]
+
+
+def _left_behind(run: Path) -> list[int]:
+    """Ranks that torchrun starts have sessions of their own; a kill of the launcher does not reach them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("processes", [(), ("--gpus", 2)], ids=["one-process", "two-processes"])
+def test_a_signal_saves_and_the_same_command_goes_on(folder, processes):
+    whole = trained(folder, "whole", *LONGER, *processes)
+    process, run = start(folder, "stopped", *LONGER, *processes)
+    wait_for(run / "checkpoints" / "checkpoint-2", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "the same command goes on from there" in err
+    result, _ = train(folder, "stopped", *LONGER, *processes)
+    assert result.code == 0, result.err
+    assert metrics(run) == metrics(whole)
+    assert same_adapter(run, whole)
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_refused(folder):
+    run = trained(folder, "run")
+    again, _ = train(folder, "run")
+    assert again.code == 0
+    assert "is finished already" in again.err
+    changed, _ = train(folder, "run", "--set", "train.learning_rate=1e-3", "--set", "lora.r=8")
+    assert changed.code == 2
+    assert "the run was begun otherwise: lora.r: 4 → 8; train.learning_rate: 0.005 → 0.001" in changed.err
+    spoken, _ = train(folder, "run", "--set", "log.every=1")
+    assert spoken.code == 0
+    folder.rows(ROWS[1:])
+    other, _ = train(folder, "run")
+    assert (other.code, "the data has changed" in other.err) == (2, True)
+    anew, _ = train(folder, "run", "--no-resume")
+    assert (anew.code, "add --overwrite" in anew.err) == (2, True)
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    overwritten, _ = train(folder, "run", "--no-resume", "--overwrite")
+    assert overwritten.code == 0, overwritten.err
+
+
+def test_two_runs_in_one_directory(folder):
+    process, run = start(folder, "run", *LONGER)
+    wait_for(run / "recipe.resolved.json", process)
+    second, _ = train(folder, "run", *LONGER)
+    assert second.code == 2
+    assert "another process is training in this run directory" in second.err
+    assert process.wait(120) == 0
+
+
+# --- what goes wrong, and what is kept ----------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folder):
+    result, run = train(folder, "run", "--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0", "--set", "checkpoint.every=1")
+    assert result.code == 1
+    assert "error: the " in result.err
+    assert "is nan at step" in result.err
+    assert "data.jsonl:" in result.err
+    assert "hint: lower train.learning_rate" in result.err
+    assert not (run / "adapter").exists()
+    assert "failed" in (run / "metrics.jsonl").read_text()
+
+
+def test_training_refuses_labels_that_were_not_rendered(folder, monkeypatch):
+    """A label that the collator changes is found before the first step."""
+    code = (
+        "import fastoss.training.train, fastoss.data.packing as packing\n"
+        "from fastoss.cli import main\n"
+        "import fastoss.training.sft as sft\n"
+        "real = packing.collate\n"
+        "def forged(examples, layout, train=True):\n"
+        "    batch = real(examples, layout, train=train)\n"
+        "    batch['labels'][0, 3] = batch['input_ids'][0, 3]\n"
+        "    return batch\n"
+        "sft.collate = forged\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "train", str(folder.recipe), "--output", str(folder.root / "run")]
+    done = subprocess.run(command, cwd=folder.root, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "label 3 of the first batch is not what was rendered" in done.stderr
+    assert "data.jsonl:" in done.stderr
+
+
+def test_the_run_directory(folder):
+    run = trained(folder, "run", *EVAL, "--set", 'samples.prompts=["你是谁?"]', "--set", "samples.max_new_tokens=4")
+    names = {path.name for path in run.iterdir()} - {".lock"}
+    assert names == {"recipe.toml", "recipe.resolved.json", "manifest.json", "metrics.jsonl", "checkpoints", "adapter", "samples.jsonl", "log.txt"}
+    assert (run / "recipe.toml").read_bytes() == folder.recipe.read_bytes()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["versions"]["trl"] == "1.14.2"
+    assert manifest["data"]["rows"] == 8
+    assert (manifest["seed"], manifest["world_size"]) == (42, 1)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-4"}
+    assert not list(run.rglob("*.bin")), "no pickled arguments"
+    steps = [entry["step"] for entry in metrics(run) if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+    stamp = json.loads((run / "adapter" / "fastoss.json").read_text())
+    assert stamp["format"]["current_date"] == "2026-01-01"
+    (sample,) = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert sample["before"]["content"] != ""
+    assert sample["after"] is not None
+
+
+def test_training_starts_from_another_runs_adapter(folder):
+    changes = ("--set", "train.per_device_train_batch_size=11", "--set", "train.max_steps=12")
+    first = trained(folder, "first", *changes)
+    second = trained(folder, "second", *changes, "--set", "model.adapter=first")
+    fresh, learned = losses(first)[0], losses(first)[-1]
+    assert losses(second)[0] < fresh - 0.5 * (fresh - learned)
+    missing, _ = train(folder, "third", "--set", "model.adapter=nowhere")
+    assert (missing.code, "nowhere: there is no such run or adapter" in missing.err) == (2, True)
+
+
+def test_tensorboard_records_and_a_tracker_without_its_key_is_skipped(folder):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    run = trained(folder, "run", "--set", 'log.trackers=["tensorboard"]')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = run.rglob("events.out.*")
+    events = EventAccumulator(str(file)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run), rel=1e-6)
+    missing, _ = train(folder, "other", "--set", 'log.trackers=["swanlab"]')
+    assert (missing.code, "swanlab is not installed" in missing.err) == (2, True)
+
+
+# --- the recipes that are shipped ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [p.name for p in sorted((ROOT / "recipes").glob("*.toml")) if p.stem != "quickstart"])
+def test_every_recipe_takes_its_first_step_on_the_tiny_model(recipe, tmp_path):
+    run = tmp_path / "run"
+    changes = ("--set", "model.name=tiny", "--set", "train.max_steps=1", "--set", "samples.max_new_tokens=4", "--sample")
+    result = fastoss("train", ROOT / "recipes" / recipe, "--output", run, *changes, cwd=tmp_path, timeout=600)
+    assert result.code == 0, result.err
+    assert "the tiny model runs in float32 without a GPU" in result.err
+    assert len(losses(run)) == 1
