@@ -36,12 +36,12 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # The package before its parts: one resolver run keeps the versions together.
-.venv/base.done: .venv/bin/python pyproject.toml
-	$(PIP) "$(TORCH_CPU)" -e .
+.venv/base.done: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt "$(TORCH_CPU)" -e .
 	touch $@
 
 # Unsloth without its dependencies: they would replace the CPU torch by a CUDA build.
-.venv/test.done: .venv/bin/python pyproject.toml
-	$(PIP) "$(TORCH_CPU)" -e ".[test,dev]"
+.venv/test.done: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt "$(TORCH_CPU)" -e ".[test,dev]"
 	$(PIP) --no-deps $(UNSLOTH_CPU)
 	touch .venv/base.done $@

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import fastoss
 from fastoss.errors import EXIT_RUN_FAILED, FastossError
 
 if TYPE_CHECKING:
@@ -21,8 +22,17 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 UseSample = Annotated[bool, typer.Option("--sample", help="Read each source's shipped sample in its place.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastoss {fastoss.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Fine-tune gpt-oss-20b on one GPU, and prove what was learned."""
     if debug:
         os.environ["FASTOSS_DEBUG"] = "1"  # seen by the processes that --gpus starts as well
@@ -50,7 +60,7 @@ def train(
     if dry_run:
         from fastoss.training.plan import dry_run_lines
 
-        for line in dry_run_lines(resolved, run, sample=sample):
+        for line in dry_run_lines(resolved, run, sample=sample, gpus=gpus or 1):
             typer.echo(line)
         return
     if gpus is not None and "RANK" not in os.environ:
@@ -88,7 +98,7 @@ def show(
     sample: UseSample = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="How many training examples to show.")] = 3,
 ) -> None:
-    """Show the tokens that are trained: the trainer's own ids and labels."""
+    """Show the very tokens and labels that are trained."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
     from fastoss.data.show import example_lines
@@ -107,7 +117,10 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)] = 1024,
 ) -> None:
-    """Talk to a model: its reasoning dimmed on stderr, its answer on stdout."""
+    """Talk to a run, an adapter or a model.
+
+    Its reasoning goes dimmed to stderr, its answer to stdout.
+    """
     from fastoss.inference.chat import chat as talk
 
     talk(model, prompt, temperature, max_new_tokens)
@@ -124,7 +137,7 @@ def schema() -> None:
 def main() -> None:
     """Entry point: errors become one clear message and an exit code; a traceback only with --debug."""
     try:
-        app()
+        app(prog_name="fastoss")
     except FastossError as error:
         if os.environ.get("FASTOSS_DEBUG"):
             raise

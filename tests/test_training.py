@@ -152,22 +152,32 @@ LONGER = ("--set", "train.max_steps=9", "--set", "checkpoint.every=2", *EVAL)
 
 
 @pytest.mark.parametrize("processes", [(), ("--gpus", 2)], ids=["one-process", "two-processes"])
-def test_a_killed_run_goes_on_bit_for_bit(folder, processes):
-    """kill -9 after a checkpoint and past it; epochs of 4 steps (2 with two processes) are crossed."""
+def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(folder, processes):
+    """kill -9 after a checkpoint and past it, SIGTERM in between; epochs of 4 steps (2 with two processes) are crossed."""
     whole = trained(folder, "whole", *LONGER, *processes)
-    process, run = start(folder, "killed", *LONGER, *processes)
-    wait_for(run / "checkpoints" / "checkpoint-4", process)
+
+    process, killed = start(folder, "killed", *LONGER, *processes)
+    wait_for(killed / "checkpoints" / "checkpoint-4", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pid in _left_behind(run):
+    for pid in _left_behind(killed):
         os.kill(pid, signal.SIGKILL)
-    assert not (run / "adapter").exists()
-    result, _ = train(folder, "killed", *LONGER, *processes)
-    assert result.code == 0, result.err
-    assert "going on from checkpoint-" in result.err
-    assert metrics(run) == metrics(whole)
-    assert same_adapter(run, whole)
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["checkpoint-8", "checkpoint-9"]
+    assert not (killed / "adapter").exists()
+
+    process, stopped = start(folder, "stopped", *LONGER, *processes)
+    wait_for(stopped / "checkpoints" / "checkpoint-2", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "the same command goes on from there" in err
+
+    for run in (killed, stopped):
+        result, _ = train(folder, run.name, *LONGER, *processes)
+        assert result.code == 0, result.err
+        assert "going on from checkpoint-" in result.err
+        assert metrics(run) == metrics(whole)
+        assert same_adapter(run, whole)
+        assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["checkpoint-8", "checkpoint-9"]
 
 
 def _left_behind(run: Path) -> list[int]:
@@ -180,21 +190,6 @@ def _left_behind(run: Path) -> list[int]:
         except OSError:
             continue
     return found
-
-
-@pytest.mark.parametrize("processes", [(), ("--gpus", 2)], ids=["one-process", "two-processes"])
-def test_a_signal_saves_and_the_same_command_goes_on(folder, processes):
-    whole = trained(folder, "whole", *LONGER, *processes)
-    process, run = start(folder, "stopped", *LONGER, *processes)
-    wait_for(run / "checkpoints" / "checkpoint-2", process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 75, err
-    assert "the same command goes on from there" in err
-    result, _ = train(folder, "stopped", *LONGER, *processes)
-    assert result.code == 0, result.err
-    assert metrics(run) == metrics(whole)
-    assert same_adapter(run, whole)
 
 
 def test_a_finished_run_says_so_and_another_recipe_is_refused(folder):

@@ -21,6 +21,7 @@ from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError, RunFailed
 from fastoss.model.adapter import read_stamp
 from fastoss.model.backend import has_gpu, load_model, plan_model, ready_for_inference
+from fastoss.model.checkpoint_source import checkpoint_source, native_precision
 from fastoss.model.lora import adapter_folder
 
 
@@ -156,8 +157,9 @@ def _is_model(name: str) -> bool:
 
 
 def _default_precision(name: str) -> Any:
-    if not has_gpu():
-        if name != "tiny" and not Path(name).is_dir():
-            raise FastossError(f"{name} needs a GPU, and this machine has none", place="MODEL", hint='"tiny" runs anywhere')
-        return "float32"
-    return "bf16" if name == "tiny" else "4bit"
+    """For a model that no recipe describes: as its checkpoint is, float32 without a GPU."""
+    if has_gpu():
+        return "bf16" if name == "tiny" else native_precision(checkpoint_source(name, "4bit", "unsloth"))
+    if name != "tiny" and not Path(name).is_dir():
+        raise FastossError(f"{name} needs a GPU, and this machine has none", place="MODEL", hint='"tiny" runs anywhere')
+    return "float32"

@@ -17,7 +17,7 @@ from fastoss.errors import FastossError
 from fastoss.run import read_json, write_json
 
 STAMP = "fastoss.json"
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "unsloth", "unsloth_zoo", "bitsandbytes")
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "triton", "unsloth", "unsloth_zoo", "bitsandbytes")
 
 
 @dataclass(frozen=True)

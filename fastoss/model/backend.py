@@ -5,8 +5,8 @@ The only file that names Unsloth. Its environment variables are set in `_prepare
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -17,6 +17,7 @@ from typing import Any
 
 from fastoss.config import LoraSettings, ModelConfig
 from fastoss.errors import FastossError
+from fastoss.model.checkpoint_source import checkpoint_form, checkpoint_source, read_config
 from fastoss.model.lora import EXPERT_PARAMETERS, TrainableCounts, check_targets, chosen_expert_layers, load_adapter_weights, peft_targets
 from fastoss.run import cache_folder
 
@@ -65,19 +66,10 @@ def plan_model(config: ModelConfig, *, gpu: bool, installed: bool = True) -> Mod
     elif gpu and config.name == "tiny" and precision in ("4bit", "mxfp4"):
         notes.append(f"the tiny model runs in bf16 (the recipe says {precision}, which needs a checkpoint made for it)")
         precision = "bf16"
-    source = None if config.name == "tiny" else _checkpoint(config.name, precision, backend)
+    source = None if config.name == "tiny" else checkpoint_source(config.name, precision, backend)
+    if source and Path(source).is_dir():
+        checkpoint_form(read_config(source), source, precision, backend)
     return ModelPlan(backend, source, precision, "gpu" if gpu else "cpu", tuple(notes))
-
-
-def _checkpoint(name: str, precision: str, backend: str) -> str:
-    """The checkpoint that holds a model in a precision. OpenAI publishes MXFP4; Unsloth the same in bf16 and in 4 bits."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve())
-    size = {"openai/gpt-oss-20b": "20b", "unsloth/gpt-oss-20b": "20b", "openai/gpt-oss-120b": "120b", "unsloth/gpt-oss-120b": "120b"}.get(name)
-    if size and backend == "unsloth" and precision == "4bit":
-        return f"unsloth/gpt-oss-{size}-unsloth-bnb-4bit"
-    return name
 
 
 def prepare_process(plan: ModelPlan) -> None:
@@ -87,7 +79,8 @@ def prepare_process(plan: ModelPlan) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it regrets that it has no CPU kernels
     if plan.backend == "unsloth":
         _prepare_unsloth()
-        import unsloth  # noqa: F401  before transformers, which it patches
+        with contextlib.redirect_stdout(sys.stderr):  # its banner; stdout is for answers
+            import unsloth  # noqa: F401  before transformers, which it patches
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -106,8 +99,10 @@ def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> Any:
     plan = plan or plan_model(config, gpu=has_gpu())
     prepare_process(plan)
     source = plan.source or _tiny_folder()
-    _reach(source, config.name)
-    model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan)
+    form = checkpoint_form(read_config(source), source, plan.precision, plan.backend)
+    model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan, form)
+    if plan.precision == "float32":
+        model = model.float()  # dequantised MXFP4 experts come back in bf16, whatever dtype was asked for
     # The checkpoint says 0.9, and TRL would add that loss to every step.
     model.config.router_aux_loss_coef = 0.0
     model.config.output_router_logits = False
@@ -152,18 +147,17 @@ def _attach_with_peft(model: Any, settings: LoraSettings, layers: list[int]) -> 
     return get_peft_model(model, lora)
 
 
-def _load_with_transformers(source: str, plan: ModelPlan) -> Any:
+def _load_with_transformers(source: str, plan: ModelPlan, form: str) -> Any:
     import torch
     from transformers import GptOssForCausalLM, Mxfp4Config
 
     from fastoss.model.attention import register_packed_attention
 
     dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
-    quantized = _quantization(source)
     arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": register_packed_attention()}
-    if quantized == "mxfp4":
+    if form == "mxfp4":
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
-    elif plan.precision == "4bit" and quantized is None:
+    elif plan.precision == "4bit" and form == "float":
         arguments["quantization_config"] = _four_bits(dtype=torch.bfloat16)
     if plan.device == "gpu":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
@@ -201,7 +195,8 @@ def _load_with_unsloth(source: str, config: ModelConfig, plan: ModelPlan) -> Any
     }
     if plan.device == "gpu":
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    model, _ = FastLanguageModel.from_pretrained(**arguments)
+    with contextlib.redirect_stdout(sys.stderr):
+        model, _ = FastLanguageModel.from_pretrained(**arguments)
     return model
 
 
@@ -219,17 +214,18 @@ def _attach_with_unsloth(model: Any, settings: LoraSettings, layers: list[int], 
         extra = {"finetune_vision_layers": True}
     if targets.get("target_parameters"):
         targets["target_parameters"] = [f"layers.{name}" for name in targets["target_parameters"]]
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        bias="none",
-        use_gradient_checkpointing="unsloth" if recompute else False,
-        random_state=seed,
-        **targets,
-        **extra,
-    )
+    with contextlib.redirect_stdout(sys.stderr):
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            bias="none",
+            use_gradient_checkpointing="unsloth" if recompute else False,
+            random_state=seed,
+            **targets,
+            **extra,
+        )
 
 
 def _has_split_experts(model: Any) -> bool:
@@ -245,39 +241,10 @@ def _four_bits(dtype: Any) -> Any:
     )  # fmt: skip
 
 
-def _quantization(source: str) -> str | None:
-    """How a checkpoint's weights are stored, from its config: `mxfp4`, `bitsandbytes`, or None for plain floats."""
-    from huggingface_hub import hf_hub_download
-
-    path = Path(source) / "config.json" if Path(source).is_dir() else Path(hf_hub_download(source, "config.json"))
-    return (json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}).get("quant_method")
-
-
 def _tiny_folder() -> str:
     from fastoss.model.tiny import tiny_model_folder
 
     return str(tiny_model_folder())
-
-
-def _reach(source: str, name: str) -> None:
-    """Make sure that a checkpoint's config can be had (folder, hub cache or hub) and is a gpt-oss, before loading."""
-    if Path(source).is_dir():
-        return
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        path = hf_hub_download(source, "config.json")
-    except RepositoryNotFoundError:
-        hint = "check the name; for a private model set HF_TOKEN"
-        raise FastossError(f"the hub has no model {source}", place=f"model.name = {name}", hint=hint) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
-        hint = "check the network (HF_ENDPOINT names another hub), or give a local folder as model.name"
-        fact = f"{source} is not in the hub's cache, and the hub cannot be reached ({type(problem).__name__})"
-        raise FastossError(fact, place=f"model.name = {name}", hint=hint) from None
-    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
-    if model_type != "gpt_oss":
-        raise FastossError(f"{source} is a `{model_type}` model, not gpt_oss", place=f"model.name = {name}")
 
 
 def packs_documents(plan: ModelPlan) -> bool:

@@ -12,7 +12,7 @@ from fastoss.run import RunDirectory
 from fastoss.training.train import batch_line, plan_batches, steps_of
 
 
-def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool) -> Iterator[str]:
+def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int) -> Iterator[str]:
     """The resolved recipe as JSON, then in words what `train` would do."""
     gpu = has_gpu() or recipe.model.name != "tiny"  # a recipe made for a GPU is judged for one, here or elsewhere
     plan = plan_model(recipe.model, gpu=gpu, installed=has_gpu())
@@ -27,7 +27,7 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool) -> Iterato
     experts = f" (of layers: {lora.expert_layers})" if "experts" in lora.targets else ""
     yield f"LoRA r {lora.r}, alpha {lora.lora_alpha:g}, on {' and '.join(lora.targets)}{experts}"
     yield from dataset.report.lines()
-    layout, schedule = plan_batches(recipe, plan, dataset)
-    yield batch_line(recipe, layout, schedule, steps_of(schedule, recipe))
+    layout, schedule = plan_batches(recipe, plan, dataset, gpus)
+    yield batch_line(recipe, layout, steps_of(schedule, recipe, gpus), gpus)
     state = "is finished already" if run.is_finished() else "would go on" if run.exists() else "would begin"
     yield f"run directory: {run.root} ({state})"

@@ -21,6 +21,7 @@ from fastoss.config import Recipe
 from fastoss.data.harmony import IGNORE, Example, HarmonyRenderer
 from fastoss.data.packing import Layout, Schedule, collate
 from fastoss.errors import RunFailed
+from fastoss.model.backend import ModelPlan
 from fastoss.model.head import chunked_cross_entropy_loss
 from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import publish_checkpoint, writing_folder
@@ -88,9 +89,12 @@ class Training:
     total_steps: int
 
 
-def sft_config(recipe: Recipe, run: RunDirectory, *, gpu: bool, recompute: bool, trackers: list[str]) -> SFTConfig:
+def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> SFTConfig:
     """The recipe in TRL's words. Steps, saving and evaluation are decided by our schedule, not by these arguments."""
     train = recipe.train
+    gpu = plan.device == "gpu"
+    # Unsloth on a GPU fuses head and loss in its own kernels; elsewhere it is ours (see HarmonySFTTrainer).
+    loss_type = "nll" if gpu and plan.backend == "unsloth" else "chunked_nll"
     return SFTConfig(
         output_dir=str(writing_folder(run)),
         per_device_train_batch_size=1,  # one item is the number of a whole micro-batch
@@ -106,7 +110,7 @@ def sft_config(recipe: Recipe, run: RunDirectory, *, gpu: bool, recompute: bool,
         adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch",
-        loss_type="chunked_nll",
+        loss_type=loss_type,
         router_aux_loss_coef=0.0,
         average_tokens_across_devices=True,
         gradient_checkpointing=recompute,
@@ -114,7 +118,7 @@ def sft_config(recipe: Recipe, run: RunDirectory, *, gpu: bool, recompute: bool,
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if world_size() > 1 and not gpu else None,
         use_cpu=not gpu,
-        bf16=gpu,
+        bf16=gpu and plan.precision != "float32",
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=1,

@@ -17,7 +17,7 @@ from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
 from fastoss.errors import FastossError, Stopped
 from fastoss.model.adapter import library_versions, write_stamp
-from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model
+from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model, ready_for_training
 from fastoss.model.lora import adapter_folder
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json, write_whole
 from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint
@@ -50,9 +50,8 @@ def train(
     with _opened(run, recipe, recipe_path, dataset, console, resume=resume, overwrite=overwrite) as unfinished:
         if not unfinished:
             return run
-        layout, schedule = plan_batches(recipe, plan, dataset)
-        total_steps = steps_of(schedule, recipe)
-        console.say(batch_line(recipe, layout, schedule, total_steps))
+        layout, schedule = plan_batches(recipe, plan, dataset, world_size())
+        console.say(batch_line(recipe, layout, steps_of(schedule, recipe, world_size()), world_size()))
         _train_model(recipe, run, plan, dataset, layout, schedule, console, trackers, start_adapter)
     return run
 
@@ -66,7 +65,7 @@ def check_before_launch(recipe: Recipe, gpus: int, *, sample: bool = False) -> N
     build_dataset(recipe, sample=sample)
 
 
-def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset) -> tuple[Layout, Schedule]:
+def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Schedule]:
     """Which micro-batches the run will train on, over all ranks and epochs."""
     rule = batch_rule(recipe, plan)
     schedule = plan_schedule(
@@ -74,8 +73,8 @@ def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset) -> tuple[Lay
         rule,
         epochs=recipe.train.num_train_epochs,
         max_steps=recipe.train.max_steps,
-        batches_per_step=recipe.train.gradient_accumulation_steps * world_size(),
-        ranks=world_size(),
+        batches_per_step=recipe.train.gradient_accumulation_steps * ranks,
+        ranks=ranks,
         seed=recipe.train.seed,
     )
     return rule.layout, schedule
@@ -86,17 +85,19 @@ def batch_rule(recipe: Recipe, plan: ModelPlan) -> BatchRule:
     return BatchRule("packed" if packed else "padded", tokens=recipe.train.tokens_per_batch, rows=recipe.train.per_device_train_batch_size)
 
 
-def steps_of(schedule: Schedule, recipe: Recipe) -> int:
-    per_step = recipe.train.gradient_accumulation_steps * world_size()
+def steps_of(schedule: Schedule, recipe: Recipe, ranks: int) -> int:
+    """Optimizer steps of a schedule; the last may be smaller than the others."""
+    per_step = recipe.train.gradient_accumulation_steps * ranks
     return -(-len(schedule.batches) // per_step)
 
 
-def batch_line(recipe: Recipe, layout: Layout, schedule: Schedule, total_steps: int) -> str:
+def batch_line(recipe: Recipe, layout: Layout, total_steps: int, ranks: int) -> str:
     train = recipe.train
     size = f"{train.per_device_train_batch_size} rows" if train.per_device_train_batch_size else f"up to {train.tokens_per_batch:,} tokens"
-    ranks = f" × {world_size()} processes" if world_size() > 1 else ""
+    processes = f" × {ranks} processes" if ranks > 1 else ""
+    micro = "1 micro-batch" if train.gradient_accumulation_steps == 1 else f"{train.gradient_accumulation_steps} micro-batches"
     how = "documents packed and kept apart" if layout == "packed" else "rows padded on the right"
-    return f"{total_steps:,} steps of {train.gradient_accumulation_steps} micro-batches{ranks}, {size} each, {how}"
+    return f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"
 
 
 @contextmanager
@@ -114,8 +115,10 @@ def _opened(
                 hint = "add --overwrite to remove it, or name another place with --output"
                 raise FastossError("the run directory holds a run, and --no-resume would begin anew", place=str(run.root), hint=hint)
             run.clear()
-        if run.exists():
+        if run.exists() and (run.is_finished() or latest_checkpoint(run)):
             _check_same_run(run, recipe, dataset)
+        else:
+            run.clear()  # nothing was saved that another recipe could not replace
         if run.is_finished():
             console.say(f"{run.root} is finished already: its adapter is {run.adapter}")
             yield False
@@ -189,11 +192,12 @@ def _train_model(
     training = Training(
         recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
         train=dataset.train, schedule=schedule, eval=dataset.eval, eval_batches=_eval_batches(recipe, plan, dataset),
-        layout=layout, stop=stop, total_steps=steps_of(schedule, recipe),
+        layout=layout, stop=stop, total_steps=steps_of(schedule, recipe, world_size()),
     )  # fmt: skip
-    arguments = sft_config(recipe, run, gpu=gpu, recompute=recompute, trackers=trackers)
+    arguments = sft_config(recipe, run, plan, recompute=recompute, trackers=trackers)
     trainer = HarmonySFTTrainer(training, model=model, args=arguments, processing_class=load_chat_tokenizer(plan))
     trainer.pop_callback(_printer())
+    ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
     check_first_batch(trainer, HarmonyRenderer(recipe.format))
     if checkpoint:
         console.say(f"going on from {checkpoint.name}")

@@ -1,0 +1,150 @@
+"""The command line's manners: quick help, light imports, one clear error, and the documents that describe it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .conftest import ROOT, fastoss
+
+HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets")
+
+
+def test_help_answers_at_once():
+    """Within 0.3 s more than importing typer takes, in the median of five pairs."""
+
+    def seconds(*arguments: str) -> float:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT)
+        return time.perf_counter() - begun
+
+    pairs = [(seconds("-m", "fastoss", "--help"), seconds("-c", "import typer")) for _ in range(5)]
+    assert statistics.median(ours - typer for ours, typer in pairs) <= 0.3
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fastoss.config",
+        "import fastoss.cli",
+        "import pkgutil, importlib, fastoss.data as d\nfor m in pkgutil.iter_modules(d.__path__): importlib.import_module(d.__name__ + '.' + m.name)",
+        "import sys; sys.argv = ['fastoss', 'check', 'recipes/quickstart.toml']\nfrom fastoss.cli import main\ntry: main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fastoss', 'show', 'recipes/quickstart.toml']\nfrom fastoss.cli import main\ntry: main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fastoss', 'schema']\nfrom fastoss.cli import main\ntry: main()\nexcept SystemExit: pass",
+    ],
+    ids=["config", "cli", "data", "check", "show", "schema"],
+)
+def test_light_parts_import_no_deep_learning_library(code):
+    check = f"{code}\nimport sys\nprint([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_is_what_the_docs_show():
+    """docs/commands.md holds the help of every command as it is printed."""
+    pages = [fastoss("--help", COLUMNS="100", TERMINAL_WIDTH="100").out]
+    for command in ("train", "check", "show", "chat", "schema"):
+        pages.append(fastoss(command, "--help", COLUMNS="100", TERMINAL_WIDTH="100").out)
+    document = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for page in pages:
+        assert page.strip() in document
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "nowhere.toml"], 2, "error: nowhere.toml: recipe not found"),
+        (["check", "nowhere.toml"], 2, "error: nowhere.toml: recipe not found"),
+        (["train"], 2, "Missing argument 'RECIPE'"),
+        (["trian"], 2, "No such command 'trian'"),
+        (["train", "recipes/quickstart.toml", "--overwrite", "--dry-run"], 2, "--overwrite goes with --no-resume"),
+        (["train", "recipes/catgirl.toml"], 2, 'error: model.precision: model.precision = "4bit" needs a GPU, and this machine has none'),
+        (["train", "recipes/quickstart.toml", "--gpus", "0"], 2, "error: --gpus 0: "),
+        (["train", "recipes/quickstart.toml", "--set", "data.0.source=none.jsonl"], 2, "recipes/none.jsonl: data file not found"),
+        (["chat", "runs/nowhere"], 2, "error: runs/nowhere: there is no such run or adapter"),
+        (["chat", "docs"], 2, "error: docs: no adapter in this folder"),
+        (["chat", "openai/gpt-oss-20b"], 2, "error: MODEL: openai/gpt-oss-20b needs a GPU"),
+    ],
+)
+def test_errors_are_one_message_with_no_traceback(arguments, code, message):
+    result = fastoss(*arguments, cwd=ROOT)
+    assert result.code == code
+    assert message in result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_debug_shows_the_traceback():
+    result = fastoss("--debug", "check", "nowhere.toml")
+    assert result.code != 0
+    assert "Traceback" in result.err
+
+
+def test_dry_run_of_a_gpu_recipe_without_a_gpu(tmp_path):
+    result = fastoss("train", ROOT / "recipes" / "catgirl.toml", "--dry-run", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert '"learning_rate": 0.0001' in result.out
+    assert "would train unsloth/gpt-oss-20b-unsloth-bnb-4bit in 4bit on the GPU, through unsloth" in result.out
+    assert "this machine has no GPU: train it on one that has, or here with --set model.name=tiny" in result.out
+    assert "256 rows → " in result.out
+    assert re.search(r"\d+ steps of 1 micro-batch, up to 16,384 tokens each", result.out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_keeps_stdout_for_the_answer(tmp_path):
+    result = fastoss("chat", "tiny", "--prompt", "hi", "--max-new-tokens", 5, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert result.out.strip()
+    assert "note: the reply was malformed" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+# --- the documents ---------------------------------------------------------------------------------------------------
+
+
+def commands_of(name: str) -> list[str]:
+    """Lines of the document's `sh` blocks."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+
+
+DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+
+
+def test_make_targets_named_in_the_documents_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    named = {line.split()[1] for name in DOCUMENTS for line in commands_of(name) if line.startswith("make ")}
+    assert {"quickstart", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_fastoss_command_in_the_documents_is_understood(tmp_path):
+    """Training is dry-run, what needs no model is run; options and files must be real."""
+    seen = 0
+    for name in DOCUMENTS:
+        for line in dict.fromkeys(commands_of(name)):
+            words = shlex.split(line)
+            if words[0] != "fastoss" or words[1] == "chat":
+                continue
+            extra = ["--dry-run"] if words[1] == "train" else []
+            result = fastoss(*words[1:], *extra, cwd=ROOT)
+            assert result.code == 0, (name, line, result.err)
+            seen += 1
+    assert seen >= 5
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for name in DOCUMENTS:
+        path = ROOT / name
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), (name, target)
