@@ -154,8 +154,9 @@ def test_a_phase_over_its_limit_is_stopped_and_says_so(tmp_path: Path) -> None:
 def test_a_failed_phase_keeps_its_reason_and_does_not_stop_the_next(tmp_path: Path) -> None:
     checks = load("gpu_checks")
     (tmp_path / "results").mkdir()
+    phases_file = load("gpu_phases")
     place = checks.Place(tmp_path, tmp_path / "results", "cpu", dry=True)
-    phases = [checks.Phase(name, checks.make_mxfp4, 1) for name in ("no-such-phase", "make-mxfp4-20b")]
+    phases = [phases_file.Phase(name, phases_file.make_mxfp4, 1) for name in ("no-such-phase", "make-mxfp4-20b")]
     assert checks._run_all(phases, place, {"card": "cpu", "gpu_free_gb": None}, again=False, minutes=None) == 1
     assert record(tmp_path, "no-such-phase")["status"] == "failed"
     assert record(tmp_path, "no-such-phase")["reason"]

@@ -7,6 +7,7 @@ import os
 
 from fastoss.config import LogSettings
 from fastoss.errors import FastossError
+from fastoss.run import RunDirectory
 from fastoss.training.progress import Console
 
 # The environment variable without which a tracker would stop and ask; None where it works locally.
@@ -14,7 +15,7 @@ _KEYS = {"wandb": "WANDB_API_KEY", "swanlab": "SWANLAB_API_KEY", "tensorboard": 
 _OFFLINE = {"wandb": ("WANDB_MODE", ("offline", "disabled")), "swanlab": ("SWANLAB_MODE", ("local", "offline", "disabled"))}
 
 
-def prepare_trackers(settings: LogSettings, console: Console) -> list[str]:
+def prepare_trackers(settings: LogSettings, run: RunDirectory, console: Console) -> list[str]:
     """The trackers that can record here, as transformers' `report_to`. `FastossError` when one is not installed."""
     usable: list[str] = []
     for name in settings.trackers:
@@ -27,6 +28,8 @@ def prepare_trackers(settings: LogSettings, console: Console) -> list[str]:
             console.say(f"{name} is skipped: {key} is not set ({variable}={modes[0]} records without it)")
             continue
         usable.append(name)
+    if usable:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.root / "tensorboard"))  # else beside checkpoints that move
     for variable in ("WANDB_PROJECT", "TRACKIO_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.setdefault(variable, settings.project)  # read by transformers' integrations when the trainer starts
     return usable

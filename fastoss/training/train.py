@@ -40,7 +40,7 @@ def train(
     console = Console()
     plan = plan_model(recipe.model, gpu=has_gpu())
     start_adapter = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
-    trackers = prepare_trackers(recipe.log, console)
+    trackers = prepare_trackers(recipe.log, run, console)
     console.say(f"{recipe.name}: {plan.line()}")
     for note in plan.notes:
         console.say(f"note: {note}")
