@@ -105,6 +105,9 @@ def _same(expected: Message | None, reply: dict[str, Any]) -> bool:
 
 
 def _one_line(reply: dict[str, Any]) -> str:
+    """Reasoning in brackets, then the answer. Of a malformed reply (an untrained model's noise) the beginning is enough."""
     thinking = f"({' '.join(reply['thinking'].split())}) " if reply["thinking"] else ""
     text = thinking + " ".join(reply["content"].split())
+    if reply.get("problems"):
+        return f"{text[:40]}… (malformed)"
     return text if len(text) <= 200 else text[:199] + "…"
