@@ -62,6 +62,10 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
         refuse(("lora", "lora_dropout"), "LoRA on fused experts knows no dropout", hint)
     if lora.expert_layers != "all" and "experts" not in lora.targets:
         refuse(("lora", "expert_layers"), '`expert_layers` is given, but "experts" is not among the targets', 'targets = ["attention", "experts"]')
+    layers = _layers(recipe.model.name)
+    if layers and lora.expert_layers != "all" and max(lora.expert_layers) >= layers:
+        fact = f"`expert_layers` names layer {max(lora.expert_layers)}, {recipe.model.name} has {layers}"
+        refuse(("lora", "expert_layers"), fact, f"the layers are 0 to {layers - 1}")
     if len(set(recipe.format.train_on)) != len(recipe.format.train_on):
         refuse(("format", "train_on"), "a channel is named twice")
 
@@ -90,6 +94,15 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
             refuse(("data", str(number), "source"), f"`{hub}:` sources are not available in this version", hint)
     if recipe.hub.repo is not None and not recipe.hub.push:
         refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
+
+
+def _layers(name: str) -> int | None:
+    """How many layers a model has, where that is known before it is loaded. Tiny stands in for the others."""
+    config = Path(name).expanduser() / "config.json"
+    if config.is_file():
+        return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
+    sizes = [count for size, count in (("gpt-oss-20b", 24), ("gpt-oss-120b", 36)) if size in name.lower()]
+    return sizes[0] if sizes else None
 
 
 def _check_model_name(name: str, refuse: Any) -> None:

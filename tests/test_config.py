@@ -88,6 +88,11 @@ def test_resolved_recipe_comes_back(tmp_path):
         (BASE + "[train]\ntokens_per_batch = 1000\n", (), "error: r.toml:7: a batch of 1,000 tokens cannot hold a row of max_length 4,096"),
         (BASE + "[lora]\nlora_dropout = 0.1\n", (), "error: r.toml:7: LoRA on fused experts knows no dropout"),
         (BASE + '[lora]\ntargets = ["attention"]\nexpert_layers = [1]\n', (), "error: r.toml:8: `expert_layers` is given, but"),
+        (
+            BASE.replace("tiny", "openai/gpt-oss-20b") + "[lora]\nexpert_layers = [7, 24]\n",
+            (),
+            "error: r.toml:7: `expert_layers` names layer 24, openai/gpt-oss-20b has 24",
+        ),
         (BASE + "[train]\nwarmup_steps = 2.5\n", (), "error: r.toml:7: 2.5 is neither a whole number of steps nor a share below 1"),
         (
             BASE + '[train]\nlr_scheduler_type = "linear"\nlr_scheduler_kwargs = { min_lr_rate = 0.1 }\n',

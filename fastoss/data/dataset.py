@@ -63,7 +63,8 @@ class DataReport:
         """The report as people read it."""
         share = ", ".join(f"{channel} {count:,}" for channel, count in self.trained_by_channel.items())
         lines = [
-            f"{self.rows:,} rows → {self.train_examples:,} training examples, {self.eval_examples:,} held out ({self.eval_rows:,} rows)",
+            f"{_of(self.rows, 'row')} → {_of(self.train_examples, 'training example')}, "
+            f"{self.eval_examples:,} held out ({_of(self.eval_rows, 'row')})",
             f"{self.train_tokens:,} tokens, of which {self.trained_tokens:,} are trained ({share}); longest example {self.longest:,}",
         ]
         for reason, entry in self.drops.items():
@@ -74,6 +75,10 @@ class DataReport:
                 f"left out early turns of {self.shortened.count:,} of {self.examples:,} examples to fit max_length ({self.shortened.listed()})"
             )
         return lines + self.notes
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
