@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,11 +202,85 @@ def test_unreadable_files(tmp_path, name, content, expected):
         read(tmp_path / name)
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_file_and_empty_folder(tmp_path):
     with pytest.raises(FastossError, match="data file not found"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(FastossError, match="a folder cannot be read as data"):
+    with pytest.raises(FastossError, match="the folder holds no data file"):
         read(tmp_path)
+    with pytest.raises(FastossError, match="no file matches"):
+        read(tmp_path / "*.jsonl")
+
+
+LINES = b'{"a": "1"}\n{"a": "2"}\n'
+
+
+def packed(name: str) -> bytes:
+    return gzip.compress(LINES) if name.endswith(".gz") else pyarrow.compress(LINES, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ"])
+def test_packed_files(tmp_path, name):
+    (tmp_path / name).write_bytes(packed(name.lower()))
+    rows = read(tmp_path / name)
+    assert [(row.columns, row.place[-2:]) for row in rows] == [({"a": "1"}, ":1"), ({"a": "2"}, ":2")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_torn_and_false_archives(tmp_path, name):
+    (tmp_path / name).write_bytes(packed(name)[:-6])
+    with pytest.raises(FastossError, match=rf"{name}: (cannot be read|the file has no rows)"):
+        read(tmp_path / name)
+    (tmp_path / name).write_bytes(LINES)
+    with pytest.raises(FastossError, match=f"{name}: cannot be read"):
+        read(tmp_path / name)
+
+
+def test_folders_and_globs(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.json", "sub/c.jsonl.gz", ".hidden.jsonl", "notes.txt"):
+        content = b'[{"a": "j"}]' if name.endswith(".json") else gzip.compress(LINES) if name.endswith(".gz") else LINES
+        (tmp_path / name).write_bytes(content)
+    names = [Path(row.place.rpartition(":")[0] or row.place).name for row in read(tmp_path)]
+    assert names == ["a.json[0]", "b.jsonl", "b.jsonl", "c.jsonl.gz", "c.jsonl.gz"]
+    assert len(read(tmp_path / "*.jsonl")) == 2
+    assert len(read(tmp_path / "**" / "*.jsonl*")) == 4
+    assert len(read(tmp_path, max_rows=3)) == 3
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    text = 'instruction,input,output,history\r\n"Hi, you",,"two\nlines",\r\nq,x,a,"[[""b"", ""c""]]"\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = read(path)
+    assert first.columns == {"instruction": "Hi, you", "output": "two\nlines"}
+    assert second.columns == {"instruction": "q", "input": "x", "output": "a", "history": [["b", "c"]]}
+    assert [row.place.rpartition(":")[2] for row in (first, second)] == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a,b\n1,2\n1,2,3\n", ":3: the row has more cells than the header"),
+        (b"a,b\n1\n", ":2: the row has fewer cells than the header"),
+        (b'a,history\n1,"[x"\n', ":2: the cell of `history` is not a JSON list"),
+        (b'a,b\n1,"x" y\n', ":2: not valid CSV"),
+    ],
+)
+def test_bad_csv_rows(tmp_path, content, expected):
+    (tmp_path / "a.csv").write_bytes(content)
+    (bad,) = [row for row in read(tmp_path / "a.csv") if isinstance(row, BadRow)]
+    assert expected in str(bad)
+
+
+def test_parquet(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "u", "thinking": None}, {"role": "assistant", "content": "a", "thinking": "t"}], "extra": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (row,) = read(tmp_path / "a.parquet")
+    assert "extra" not in row.columns
+    assert understood(row.columns) == [("user", "u", None), ("assistant", "a", "t")]
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(FastossError, match="not valid Parquet"):
+        read(tmp_path / "b.parquet")
 
 
 # --- the data set ----------------------------------------------------------------------------------------------------
