@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import fastoss
-from fastoss.errors import EXIT_RUN_FAILED, FastossError
+from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError
 
 if TYPE_CHECKING:
     from fastoss.config import Recipe
+    from fastoss.run import RunDirectory
 
 app = typer.Typer(name="fastoss", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -64,19 +66,21 @@ def train(
             typer.echo(line)
         return
     if gpus is not None and "RANK" not in os.environ:
-        _train_in_processes(resolved, gpus, sample)
+        _train_in_processes(resolved, run, gpus, sample)
         return
+    if gpus is not None and gpus != int(os.environ.get("WORLD_SIZE", "1")):
+        raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
     train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite)
 
 
-def _train_in_processes(recipe: Recipe, gpus: int, sample: bool) -> None:
+def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool) -> None:
     from fastoss.training.launch import launch
     from fastoss.training.train import check_before_launch
 
-    check_before_launch(recipe, gpus, sample=sample)
-    raise typer.Exit(launch(sys.argv[1:], gpus))
+    check_before_launch(recipe, run, gpus, sample=sample)
+    raise typer.Exit(launch(sys.argv[1:], gpus, run))
 
 
 @app.command()
@@ -140,15 +144,17 @@ def main() -> None:
         app(prog_name="fastoss")
     except FastossError as error:
         if os.environ.get("FASTOSS_DEBUG"):
-            raise
-        typer.echo(str(error), err=True)
+            traceback.print_exc()
+        # Every rank finds the same bad input; one of them says so.
+        if error.exit_code != EXIT_BAD_INPUT or os.environ.get("RANK", "0") == "0":
+            typer.echo(str(error), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("FASTOSS_DEBUG"):
-            raise
+            traceback.print_exc()
         fact = f"{type(error).__name__}: {error}".strip()
         typer.echo(f"error: {fact}\nhint: run `fastoss --debug …` for the traceback", err=True)
         sys.exit(EXIT_RUN_FAILED)

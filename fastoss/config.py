@@ -6,6 +6,7 @@ honoured is refused here, with file, line and a hint, before anything is loaded.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import tomllib
@@ -43,11 +44,20 @@ Layers = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_layers)]
 Interval = Annotated[int | Literal["epoch"], BeforeValidator(_interval)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Effort = Literal["low", "medium", "high"]
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+def _date(value: Any) -> Any:
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        raise ValueError('should be a date such as "2026-01-01"') from None
+
+
+Date = Annotated[str, BeforeValidator(_date)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -75,7 +85,7 @@ class LoraSettings(_Section):
 class DataSource(_Section):
     """One source of rows. Paths are relative to the recipe."""
 
-    source: str = Field(min_length=1, description="a .jsonl or .json file")
+    source: str = Field(min_length=1, description="a .jsonl, .json, .csv or .parquet file (or packed as .gz or .zst), a folder or a glob")
     split: str = Field("train", description="split of a hub data set; a local file has none")
     sample: str | None = Field(None, description="what --sample reads in place of the source")
     format: Literal["auto", "messages", "alpaca"] = Field("auto", description="auto: told from the columns of each row")
@@ -121,7 +131,7 @@ class EvalSettings(_Section):
 class TrainSettings(_Section):
     """Optimisation, in TRL's words."""
 
-    num_train_epochs: float = Field(3, gt=0)
+    num_train_epochs: float = Field(3, gt=0, le=10_000)
     max_steps: int = Field(0, ge=0, description="0: by epochs; else the run ends after so many optimizer steps")
     learning_rate: float = Field(1e-4, gt=0)
     tokens_per_batch: int | None = Field(None, ge=16, description="tokens of one micro-batch; 16384 if neither this nor the next is given")
@@ -267,7 +277,10 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(source: str | None) -> str | None:
         if source is None or source.startswith(("hf:", "modelscope:")):
             return source
-        return str((folder / Path(source).expanduser()).resolve())
+        try:
+            return str((folder / Path(source).expanduser()).resolve())
+        except (OSError, RuntimeError, ValueError) as problem:
+            raise FastossError(f"not a path: {problem}", place=f"data source {source!r}") from None
 
     train = recipe.train
     changes: dict[str, Any] = {}

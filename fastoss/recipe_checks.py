@@ -50,9 +50,6 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     if recipe.model.backend == "transformers" and recipe.model.precision == "mxfp4" and recipe.model.name != "tiny":
         hint = 'use precision = "bf16", or backend = "unsloth"'
         refuse(("model", "precision"), "transformers cannot train on packed MXFP4 weights", hint)
-    if recipe.model.backend == "transformers" and recipe.model.precision == "4bit" and recipe.model.name != "tiny":
-        hint = 'use backend = "unsloth" for 4bit, or precision = "bf16"'
-        refuse(("model", "precision"), "transformers cannot hold gpt-oss's fused experts in 4 bits, they would stay in 16", hint)
 
     lora, train = recipe.lora, recipe.train
     if len(set(lora.targets)) != len(lora.targets):
@@ -88,6 +85,8 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
         refuse(("train", "lr_scheduler_kwargs"), "cosine_with_min_lr needs min_lr or min_lr_rate", "{ min_lr_rate = 0.1 }")
 
     for number, data in enumerate(recipe.data):
+        if data.split != "train" and not data.source.startswith(("hf:", "modelscope:")):
+            refuse(("data", str(number), "split"), "a local file has no splits", "remove `split`, or name the file of that split")
         hub = data.source.partition(":")[0] if data.source.startswith(("hf:", "modelscope:")) else None
         if hub and data.sample is None:
             hint = "download it as JSONL and name the file, or give `sample`"
@@ -100,7 +99,8 @@ def _layers(name: str) -> int | None:
     """How many layers a model has, where that is known before it is loaded. Tiny stands in for the others."""
     config = Path(name).expanduser() / "config.json"
     if config.is_file():
-        return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
+        count = json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
+        return count if isinstance(count, int) else None
     sizes = [count for size, count in (("gpt-oss-20b", 24), ("gpt-oss-120b", 36)) if size in name.lower()]
     return sizes[0] if sizes else None
 
@@ -112,7 +112,7 @@ def _check_model_name(name: str, refuse: Any) -> None:
     if folder.is_dir():
         try:
             model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             refuse(("model", "name"), f"the folder {name} has no readable config.json", "name the folder that holds the model's files")
         if model_type != "gpt_oss":
             refuse(

@@ -155,7 +155,8 @@ class RunDirectory:
     def create(self) -> None:
         """Make the folder. `FastossError` when that is not allowed, or when something else lies there."""
         if self.root.is_dir() and any(self.root.iterdir()) and not self.exists():
-            foreign = [path.name for path in self.root.iterdir() if not path.name.startswith(".") and path.name != "log.txt"]
+            own = {path.name for path in self._files()} | {path.name for path in self._folders()}
+            foreign = [path.name for path in self.root.iterdir() if not path.name.startswith(".") and path.name not in own]
             if foreign:
                 hint = "choose another place with --output, or move these files away"
                 raise FastossError(f"the folder is not a run, and not empty ({foreign[0]}, …)", place=str(self.root), hint=hint)
@@ -168,11 +169,17 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else, so that it begins anew."""
-        for path in (self.checkpoints, self.adapter):
+        for path in (*self._folders(), *self.root.glob(".*.tmp"), *self.root.glob(".*.old")):
             shutil.rmtree(path, ignore_errors=True)
-        files = (self.recipe, self.resolved_recipe, self.manifest, self.metrics, self.samples, self.log)
-        for path in files:
+        for path in self._files():
             path.unlink(missing_ok=True)
+
+    def _folders(self) -> tuple[Path, ...]:
+        return self.checkpoints, self.adapter, self.root / "tensorboard"
+
+    def _files(self) -> tuple[Path, ...]:
+        """The resolved recipe comes last: while it is there, the folder is known as a run."""
+        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.resolved_recipe
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

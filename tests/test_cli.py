@@ -83,7 +83,7 @@ def test_errors_are_one_message_with_no_traceback(arguments, code, message):
 
 def test_debug_shows_the_traceback():
     result = fastoss("--debug", "check", "nowhere.toml")
-    assert result.code != 0
+    assert result.code == 2
     assert "Traceback" in result.err
 
 

@@ -116,6 +116,8 @@ def test_identity_fills_rows():
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "pair 1 of `history` is not [user, assistant]"),
         ({"instruction": "i", "output": "o", "history": [["a", None]]}, "the answer in pair 1 of `history` is missing or null"),
         ({"instruction": "i", "output": "o", "input": 3}, "`input` is not a text"),
+        ({"instruction": "i", "output": "o", "system": 0}, "`system` is not a text"),
+        (chat(("user", "u"), ("assistant", "a")) | {"tools": [{}]}, "the row has `tools`"),
     ],
 )
 def test_refused_rows(columns, fact):
@@ -366,7 +368,47 @@ def test_copies_of_a_row_are_never_split(folder):
 
 def test_no_eval_on_few_rows_is_said(folder):
     report = built(folder, "eval.fraction=0.02").report
-    assert any(line.startswith("no evaluation: 0.02 of 8 rows is less than one row") for line in report.lines())
+    assert any(line == "no evaluation: 0.02 of 8 rows makes none" for line in report.lines())
+
+
+def test_examples_with_nothing_to_train_are_dropped_and_counted(folder):
+    report = built(folder, 'format.train_on=["analysis"]').report
+    assert report.train_examples == 3
+    assert any(line.startswith("dropped 8 of 11 examples: nothing in them is trained (format.train_on)") for line in report.lines())
+    folder.rows(rows_of(3))
+    with pytest.raises(FastossError, match=r"no training example is left \(3 × nothing in them is trained"):
+        built(folder, 'format.train_on=["analysis"]')
+
+
+def test_everything_held_out(folder):
+    with pytest.raises(FastossError, match=r"no training example is left \(8 held out by eval.fraction\)"):
+        built(folder, "eval.fraction=0.99")
+
+
+def test_held_out_rows_that_are_too_long(folder):
+    report = built(folder, "eval.fraction=0.15", "model.max_length=95").report
+    assert report.eval_rows == 1
+    said = any(line == "no evaluation: the rows held out were dropped" for line in report.lines())
+    assert said == (report.eval_examples == 0)
+
+
+def test_columns_that_nobody_reads_are_said(folder):
+    folder.rows(
+        [
+            {"instruction": "a", "output": "b", "histroy": [], "id": 3},
+            {"messages": chat(("user", "u"), ("assistant", "a", {"weight": 1}))["messages"]},
+        ]
+    )
+    lines = built(folder).report.lines()
+    assert "the column `histroy` of 1 row is not read: did you mean `history`?" in lines
+    assert "the column `id` of 1 row is not read" in lines
+    assert "the column `messages.weight` of 1 row is not read" in lines
+
+
+def test_sample_stands_in_and_its_absence_is_said(folder):
+    (folder.root / "small.jsonl").write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    assert build_dataset(load_recipe(folder.recipe, ["data.0.sample=small.jsonl"]), sample=True).report.rows == 1
+    assert any("no sample is named for" in line for line in build_dataset(load_recipe(folder.recipe), sample=True).report.lines())
 
 
 def test_untrained_reasoning_is_said(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -147,6 +148,7 @@ def test_head_equals_trls_own():
     weight = torch.randn(5000, 32)
     labels = torch.randint(0, 5000, (3, 50))
     labels[:, ::3] = IGNORE
+    assert _chunked_cross_entropy_loss.__module__.startswith("trl."), "a trainer made before this test has put ours there"
     results = []
     for function in (chunked_cross_entropy_loss, _chunked_cross_entropy_loss):
         hidden = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -207,6 +209,12 @@ def test_target_that_matches_nothing_is_refused(monkeypatch):
     """A checkpoint with other names would silently train attention alone."""
     monkeypatch.setattr(lora_file, "EXPERT_PARAMETERS", ("gate_up_proj_renamed",))
     with pytest.raises(FastossError, match=r'LoRA on "experts" did not reach what was named: layers \[0, 1, 2, 3\] got none'):
+        loaded()
+
+
+def test_half_an_expert_is_refused(monkeypatch):
+    monkeypatch.setattr(lora_file, "EXPERT_PARAMETERS", ("gate_up_proj",))
+    with pytest.raises(FastossError, match=r'LoRA on "experts" has .* parameters, .* some were not reached'):
         loaded()
 
 
@@ -271,6 +279,50 @@ def test_plan_for_a_gpu():
     assert plan_model(ModelConfig(precision="mxfp4"), gpu=True, installed=False).source == "openai/gpt-oss-20b"
 
 
+def broken_folder(tmp_path, **changes):
+    for path in tiny_model_folder().iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((tiny_model_folder() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    return ModelConfig(name=str(tmp_path), precision="float32", backend="transformers")
+
+
+def test_folder_with_another_vocabulary_tokenizer_or_form(tmp_path):
+    config = broken_folder(tmp_path)
+    plan_model(config, gpu=False)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {}}, "added_tokens": []}')
+    with pytest.raises(FastossError, match=r"its tokenizer\.json is not gpt-oss's"):
+        plan_model(config, gpu=False)
+    (tmp_path / "tokenizer.json").unlink()
+    for changes, fact in (
+        ({"vocab_size": 452}, "has a vocabulary of 452"),
+        ({"model_type": "llama"}, "is a `llama` model"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "holds weights in 4 bits"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(json.loads((tiny_model_folder() / "config.json").read_text()) | changes))
+        with pytest.raises(FastossError, match=fact):
+            plan_model(config, gpu=False)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt_oss", "vocab_size": 201088, "quantization_config": {"quant_method": "mxfp4"}})
+    )
+    with pytest.raises(FastossError, match="holds MXFP4 weights, which would stay MXFP4"):
+        plan_model(ModelConfig(name=str(tmp_path), precision="4bit", backend="unsloth"), gpu=True, installed=False)
+
+
+def test_folder_whose_weights_cannot_be_read(tmp_path):
+    config = broken_folder(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()[:1000]
+    weights.unlink()
+    with pytest.raises(FastossError, match=r"the folder has no \*\.safetensors"):
+        plan_model(config, gpu=False)
+    weights.write_bytes(content)
+    with pytest.raises(FastossError, match="the weights cannot be read"):
+        load_model(config, plan_model(config, gpu=False))
+
+
 def test_missing_unsloth_on_a_gpu_machine(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FastossError, match="Unsloth is not installed") as caught:
@@ -281,12 +333,12 @@ def test_missing_unsloth_on_a_gpu_machine(monkeypatch):
 def test_four_bit_model_trains_and_its_adapter_reloads(tmp_path, examples):
     """bitsandbytes on the CPU: attention in NF4 (the fused experts stay as they are), through our own loading code."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from fastoss.model.backend import ModelPlan
-
-    plan = ModelPlan("transformers", str(tiny_model_folder()), "4bit", "cpu")
+    config = ModelConfig(name=str(tiny_model_folder()), precision="4bit", backend="transformers")
+    plan = plan_model(config, gpu=False)
+    assert "puts attention into 4 bits" in plan.notes[0]
 
     def four_bit(adapter=None):
-        base = load_model(ModelConfig(name=plan.source, precision="4bit", backend="transformers"), plan)
+        base = load_model(config, plan)
         kinds = {type(module).__name__ for name, module in base.named_modules() if name.endswith("q_proj")}
         assert kinds == {"Linear4bit"}
         assert type(base.lm_head).__name__ == "Linear"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,9 +119,13 @@ def test_torchrun_is_the_same_run_as_gpus(folder):
 
 def test_accumulation_does_not_change_the_loss(folder):
     settings = lambda rows, steps: ("--set", f"train.per_device_train_batch_size={rows}", "--set", f"train.gradient_accumulation_steps={steps}")  # noqa: E731
-    whole, split = (losses(trained(folder, name, *settings(*sizes))) for name, sizes in (("whole", (8, 1)), ("split", (1, 8))))
-    # Epochs of 11: the batches of the second step and later are cut at the epoch's end in one and not in the other.
-    assert whole[0] == pytest.approx(split[0], rel=1e-5)
+    folder.rows(ROWS)
+    last = ("--set", "format.turns=last", "--set", "train.warmup_steps=0")  # eight examples: one step takes them all, either way
+    whole, split = (metrics(trained(folder, name, *last, *settings(*sizes))) for name, sizes in (("whole", (8, 1)), ("split", (1, 8))))
+    assert len(whole) == len(split) == 4
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.1
+    for mine, theirs in zip(whole, split, strict=True):
+        assert (mine["loss"], mine["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=1e-4)
 
 
 def test_packed_batches_give_the_loss_of_padded_ones(folder):
@@ -180,6 +185,72 @@ def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(folder, processes):
         assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["checkpoint-8", "checkpoint-9"]
 
 
+# Each a way in which a run can go on wrongly: ragged accumulation, packed batches, epochs, recomputation, dropout.
+OTHERWISE = (
+    'checkpoint.every="epoch"', "train.gradient_accumulation_steps=3", "train.recompute=full", 'lora.targets=["attention"]', "lora.lora_dropout=0.2",
+    "train.max_steps=0", "train.num_train_epochs=5", "eval.fraction=0.25", "checkpoint.keep=9",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_resuming_with_accumulation_epochs_packing_and_dropout(folder, layout):
+    if layout == "packed":
+        text = folder.recipe.read_text().replace("per_device_train_batch_size = 2", "tokens_per_batch = 256")
+        folder.recipe.write_text(text)
+    changes = [word for change in OTHERWISE for word in ("--set", change)]
+    whole = trained(folder, "whole", *changes)
+    # A run that was killed right after its first checkpoint, with the line of a later step torn.
+    killed = folder.root / "killed"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "adapter")
+    first, *later = sorted((killed / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    assert len(later) >= 3
+    for path in later:
+        shutil.rmtree(path)
+    (killed / "checkpoints" / ".writing").mkdir()
+    lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    result, _ = train(folder, "killed", *changes)
+    assert result.code == 0, result.err
+    assert f"going on from {first.name}" in result.err
+    assert metrics(killed) == metrics(whole)
+    assert same_adapter(killed, whole)
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {path.name for path in (whole / "checkpoints").iterdir()}
+
+
+def test_a_run_killed_before_its_last_words_says_them_later(folder):
+    """The adapter is what says that a run is finished: it must not appear before the samples are answered."""
+    changes = ("--set", 'samples.prompts=["hi"]', "--set", "samples.max_new_tokens=3")
+    whole = trained(folder, "whole", *changes)
+    killed = folder.root / "killed"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "adapter")
+    (killed / "samples.jsonl").write_text((whole / "samples.jsonl").read_text().replace('"after": {', '"after": null, "lost": {'))
+    result, _ = train(folder, "killed", *changes)
+    assert result.code == 0, result.err
+    assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert same_adapter(killed, whole)
+
+
+def test_a_run_killed_while_it_opened_its_folder(folder):
+    run = folder.root / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text("name = ")
+    (run / "manifest.json").write_text("{}")
+    result, _ = train(folder, "run", "--set", "train.max_steps=1")
+    assert result.code == 0, result.err
+
+
+def test_a_signal_before_anything_is_saved(folder):
+    process, run = start(folder, "run", *LONGER, "--gpus", 2)
+    wait_for(run / "recipe.resolved.json", process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    saved = any((run / "checkpoints").glob("checkpoint-*")) if (run / "checkpoints").exists() else False
+    assert process.returncode == (75 if saved else 128 + signal.SIGUSR1), err
+    assert not _left_behind(run)
+
+
 def _left_behind(run: Path) -> list[int]:
     """Ranks that torchrun starts have sessions of their own; a kill of the launcher does not reach them."""
     found = []
@@ -233,6 +304,23 @@ def test_a_loss_that_is_no_number_stops_the_run(folder):
     assert "hint: lower train.learning_rate" in result.err
     assert not (run / "adapter").exists()
     assert "failed" in (run / "metrics.jsonl").read_text()
+
+
+def test_broken_weights_are_not_saved(folder):
+    changes = ("--set", "train.learning_rate=1e308", "--set", "train.max_steps=1", "--set", "train.warmup_steps=0")
+    result, run = train(folder, "run", *changes)
+    assert result.code == 1
+    assert "weights are no numbers any more at step 1" in result.err
+    assert not (run / "adapter").exists()
+    assert not list((run / "checkpoints").glob("checkpoint-*"))
+
+
+def test_samples_ask_what_was_trained(folder):
+    """A row's own effort stands in its prompt, in training as in the samples."""
+    folder.rows([{**ROWS[0], "reasoning_effort": "high"}])
+    run = trained(folder, "run", "--set", "samples.from_train=1", "--set", "samples.max_new_tokens=2")
+    (sample,) = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert sample["reasoning_effort"] == "high"
 
 
 def test_training_refuses_labels_that_were_not_rendered(folder, monkeypatch):

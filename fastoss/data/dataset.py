@@ -5,6 +5,7 @@ Nothing disappears uncounted: the `DataReport` says what was read, what was drop
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field
 
 from fastoss.config import Recipe
 from fastoss.data.conversation import Conversation
-from fastoss.data.formats import row_to_conversation
+from fastoss.data.formats import KNOWN_COLUMNS, row_to_conversation, unread_columns
 from fastoss.data.harmony import Example, HarmonyRenderer
-from fastoss.data.sources import BadRow, read_rows
+from fastoss.data.sources import BadRow, Row, read_rows
 from fastoss.errors import FastossError
 
 _SHOWN = 5  # so many places are listed for each reason
@@ -51,6 +52,7 @@ class DataReport:
     trained_tokens: int = 0
     trained_by_channel: dict[str, int] = field(default_factory=dict)
     longest: int = 0
+    unread: Counter[str] = field(default_factory=Counter)  # columns that no format knows, and in how many rows
     drops: dict[str, Drop] = field(default_factory=dict)
     shortened: Drop = field(default_factory=lambda: Drop("examples"))
     notes: list[str] = field(default_factory=list)
@@ -74,6 +76,9 @@ class DataReport:
             lines.append(
                 f"left out early turns of {self.shortened.count:,} of {self.examples:,} examples to fit max_length ({self.shortened.listed()})"
             )
+        for name, count in self.unread.most_common():
+            close = difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.7)
+            lines.append(f"the column `{name}` of {_of(count, 'row')} is not read" + (f": did you mean `{close[0]}`?" if close else ""))
         return lines + self.notes
 
 
@@ -106,11 +111,13 @@ def build_dataset(recipe: Recipe, *, sample: bool = False) -> Dataset:
         chosen = eval if key in held_out else train
         chosen.extend(_fitting(conversation, renderer, recipe, report))
     if not train:
-        dropped = "; ".join(f"{entry.count:,} × {reason}" for reason, entry in report.drops.items())
-        raise FastossError(f"no training example is left ({dropped or 'nothing was read'})", place=recipe.data[0].source)
+        gone = [f"{entry.count:,} × {reason}" for reason, entry in report.drops.items()]
+        gone += [f"{report.eval_rows:,} held out by eval.fraction"] if report.eval_rows else []
+        raise FastossError(f"no training example is left ({'; '.join(gone)})", place=recipe.data[0].source)
     _count(train, eval, report)
     if recipe.eval.fraction and not eval:
-        report.notes.append(f"no evaluation: {recipe.eval.fraction:g} of {len(conversations):,} rows is less than one row")
+        why = "the rows held out were dropped" if report.eval_rows else f"{recipe.eval.fraction:g} of {_of(len(conversations), 'row')} makes none"
+        report.notes.append(f"no evaluation: {why}")
     if "analysis" not in recipe.format.train_on and any(m.thinking for e in train for m in e.conversation.messages[-1:]):
         report.notes.append("the data has reasoning, but format.train_on leaves it out: the model will not learn to reason so")
     return Dataset(train, eval, report)
@@ -133,8 +140,12 @@ Keyed = tuple[str, Conversation]
 def _conversations(recipe: Recipe, report: DataReport, sample: bool) -> Iterator[Keyed]:
     fingerprint = hashlib.sha256()
     for source in recipe.data:
+        if sample and source.sample is None:
+            report.notes.append(f"no sample is named for {source.source}: it is read in full")
         for row in read_rows(source, sample=sample):
             report.rows += 1
+            if isinstance(row, Row):
+                report.unread.update(unread_columns(row))
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -198,6 +209,9 @@ def _fitting(conversation: Conversation, renderer: HarmonyRenderer, recipe: Reci
     limit = recipe.model.max_length
     for example in renderer.render_examples(conversation):
         report.examples += 1
+        if example.trained_tokens == 0:
+            report.drop("nothing in them is trained (format.train_on)", conversation.place, "examples")
+            continue
         report.longest = max(report.longest, len(example))
         if len(example) <= limit:
             yield example

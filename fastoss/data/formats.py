@@ -13,6 +13,17 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 # What harmony writes as control tokens. As text in a row they are an injection, or the trace of another tool.
 _CONTROL = re.compile(r"<\|(start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|target|reserved_\d+)\|>")
 _ALPACA = {"instruction", "input", "output", "history", "thinking", "system"}
+_MESSAGE = {"role", "content", "thinking", "reasoning_content", "tool_calls"}
+KNOWN_COLUMNS = sorted(_ALPACA | {"messages", "tools", "reasoning_effort"})
+
+
+def unread_columns(row: Row) -> set[str]:
+    """Columns of a row, and keys of its messages, that are not understood and so would be lost without a word."""
+    if "messages" not in row.columns:
+        return set(row.columns) - _ALPACA - {"tools", "reasoning_effort"}
+    entries = row.columns["messages"]
+    keys = {str(key) for entry in entries if isinstance(entry, dict) for key in entry} if isinstance(entries, list) else set()
+    return (set(row.columns) - {"messages", "tools", "reasoning_effort"}) | {f"messages.{key}" for key in keys - _MESSAGE}
 
 
 def row_to_conversation(row: Row, format: str = "auto", identity: Identity | None = None) -> Conversation:
@@ -23,6 +34,8 @@ def row_to_conversation(row: Row, format: str = "auto", identity: Identity | Non
     if format == "auto":
         format = _detect(row)
     turns = _from_messages(row) if format == "messages" else _from_alpaca(row)
+    if row.columns.get("tools"):
+        raise BadRow("the row has `tools`", place=row.place, hint="tool calls are not available in this version")
     effort = row.columns.get("reasoning_effort")
     if effort is not None and effort not in ("low", "medium", "high"):
         raise BadRow(f"`reasoning_effort` is {effort!r}", place=row.place, hint="low, medium or high")
@@ -78,7 +91,7 @@ def _from_alpaca(row: Row) -> list[Message]:
     if extra is not None and _text(extra, "`input`", row.place).strip():
         user = f"{instruction}\n{extra}"
     turns = []
-    if columns.get("system"):
+    if columns.get("system") not in (None, ""):
         turns.append(Message("system", _text(columns["system"], "`system`", row.place)))
     history = columns.get("history")
     if history is not None and not isinstance(history, list):

@@ -29,7 +29,7 @@ END_OF_TEXT, RETURN, CONSTRAIN, CHANNEL, START, END, MESSAGE, CALL = 199999, 200
 PAD = END_OF_TEXT
 STOP_IDS = (RETURN, END_OF_TEXT, CALL)
 
-_SPECIAL = {
+SPECIAL = {
     199998: "<|startoftext|>", END_OF_TEXT: "<|endoftext|>", RETURN: "<|return|>", CONSTRAIN: "<|constrain|>",
     CHANNEL: "<|channel|>", START: "<|start|>", END: "<|end|>", MESSAGE: "<|message|>", CALL: "<|call|>", 200018: "<|endofprompt|>",
 }  # fmt: skip
@@ -101,7 +101,7 @@ def _build() -> bytes:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    names = [_SPECIAL.get(id, f"<|reserved_{id}|>") for id in range(199998, 200019)]
+    names = [SPECIAL.get(id, f"<|reserved_{id}|>") for id in range(199998, 200019)]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     content = tokenizer.to_str(pretty=True).encode()
     if hashlib.sha256(content).hexdigest() != TOKENIZER_SHA256:

@@ -80,12 +80,14 @@ class Engine:
             if delta is not None:
                 yield delta
 
-    def complete(self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None) -> list[Completion]:
-        """Answer several chats at once, in order; prompts are padded on the left."""
+    def complete(
+        self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None, efforts: Sequence[str | None] | None = None
+    ) -> list[Completion]:
+        """Answer several chats at once, in order, each with its own effort; prompts are padded on the left."""
         if not chats:
             return []
         sampling = sampling or Sampling()
-        prompts = [self.renderer.render_prompt(messages) for messages in chats]
+        prompts = [self.renderer.render_prompt(chat, effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
         width = max(map(len, prompts))
         ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)

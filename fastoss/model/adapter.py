@@ -41,7 +41,7 @@ def library_versions() -> dict[str, str]:
 
 def write_stamp(folder: Path, model: ModelConfig, format: FormatSettings, backend: str) -> None:
     content = {
-        "model": model.model_copy(update={"adapter": None}).model_dump(mode="json"),
+        "model": model.model_copy(update={"adapter": None, "name": _lasting_name(model.name)}).model_dump(mode="json"),
         "format": format.model_dump(mode="json"),
         "backend": backend,
         # PEFT 0.19 turned lora_B of fused experts round; whoever loads or merges must know which one this is.
@@ -49,6 +49,12 @@ def write_stamp(folder: Path, model: ModelConfig, format: FormatSettings, backen
         "versions": library_versions(),
     }
     write_json(folder / STAMP, content)
+
+
+def _lasting_name(name: str) -> str:
+    """A folder's name as it is understood from everywhere."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def read_stamp(folder: Path) -> AdapterStamp:

@@ -17,9 +17,11 @@ from typing import Any
 
 from fastoss.config import LoraSettings, ModelConfig
 from fastoss.errors import FastossError
-from fastoss.model.checkpoint_source import checkpoint_form, checkpoint_source, read_config
+from fastoss.model.checkpoint_source import check_folder, checkpoint_form, checkpoint_source, read_config
 from fastoss.model.lora import EXPERT_PARAMETERS, TrainableCounts, check_targets, chosen_expert_layers, load_adapter_weights, peft_targets
 from fastoss.run import cache_folder
+
+NEEDS_GPU = ("4bit", "mxfp4", "bf16")
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,18 @@ def plan_model(config: ModelConfig, *, gpu: bool, installed: bool = True) -> Mod
     if not gpu and config.name == "tiny" and precision != "float32":
         notes.append(f"the tiny model runs in float32 without a GPU (the recipe says {precision})")
         precision = "float32"
-    elif not gpu and precision in ("4bit", "mxfp4", "bf16"):
+    elif not gpu and precision in NEEDS_GPU and not (precision == "4bit" and config.backend == "transformers"):
         hint = "train on a GPU machine, or try the recipe here with --set model.name=tiny"
         raise FastossError(f'model.precision = "{precision}" needs a GPU, and this machine has none', place="model.precision", hint=hint)
     elif gpu and config.name == "tiny" and precision in ("4bit", "mxfp4"):
         notes.append(f"the tiny model runs in bf16 (the recipe says {precision}, which needs a checkpoint made for it)")
         precision = "bf16"
+    if precision == "4bit" and backend == "transformers":
+        notes.append("transformers puts attention into 4 bits; gpt-oss's fused experts stay as large as they are (Unsloth packs them too)")
     source = None if config.name == "tiny" else checkpoint_source(config.name, precision, backend)
     if source and Path(source).is_dir():
         checkpoint_form(read_config(source), source, precision, backend)
+        check_folder(Path(source))
     return ModelPlan(backend, source, precision, "gpu" if gpu else "cpu", tuple(notes))
 
 
@@ -84,6 +89,9 @@ def prepare_process(plan: ModelPlan) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    if plan.device == "gpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # kernels run on the current device, not on the weights'
+
     transformers_logging.set_verbosity_error()
     if plan.source is None or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -98,9 +106,15 @@ def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> Any:
     """
     plan = plan or plan_model(config, gpu=has_gpu())
     prepare_process(plan)
+    from safetensors import SafetensorError
+
     source = plan.source or _tiny_folder()
     form = checkpoint_form(read_config(source), source, plan.precision, plan.backend)
-    model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan, form)
+    try:
+        model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan, form)
+    except (OSError, SafetensorError) as problem:
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise FastossError(f"the weights cannot be read: {first}", place=f"model.name = {config.name}") from problem
     if plan.precision == "float32":
         model = model.float()  # dequantised MXFP4 experts come back in bf16, whatever dtype was asked for
     # The checkpoint says 0.9, and TRL would add that loss to every step.
@@ -188,6 +202,7 @@ def _load_with_unsloth(source: str, config: ModelConfig, plan: ModelPlan) -> Any
         os.environ["UNSLOTH_MXFP4_KEEP_PACKED"] = "0"  # read at load: without it a MXFP4 checkpoint stays packed
     arguments: dict[str, Any] = {
         "model_name": source,
+        "use_exact_model_name": True,  # its own mapping would load another repository than the one we name and checked
         "max_seq_length": config.max_length,
         "dtype": torch.float32 if plan.precision == "float32" else torch.bfloat16,
         "use_gradient_checkpointing": False,  # attach_lora decides

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from fastoss.data.tokenizer import SPECIAL, TOKENIZER_SHA256
 from fastoss.errors import FastossError
 
+VOCABULARY = 200_019  # ids of the tokenizer; the model has some more
 _PUBLISHED = {"openai/gpt-oss-20b": "20b", "unsloth/gpt-oss-20b": "20b", "openai/gpt-oss-120b": "120b", "unsloth/gpt-oss-120b": "120b"}
 
 
@@ -31,14 +34,36 @@ def read_config(source: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise FastossError("its config.json cannot be read", place=f"model.name = {source}") from None
-    if config.get("model_type") != "gpt_oss":
+    if not isinstance(config, dict) or config.get("model_type") != "gpt_oss":
+        config = config if isinstance(config, dict) else {}
         raise FastossError(f"{source} is a `{config.get('model_type')}` model, not gpt_oss", place=f"model.name = {source}")
+    if not isinstance(config.get("vocab_size"), int) or config["vocab_size"] < VOCABULARY:
+        fact = f"{source} has a vocabulary of {config.get('vocab_size')}, OpenAI's tokenizer needs {VOCABULARY:,}"
+        raise FastossError(fact, place=f"model.name = {source}")
     return config
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder without weights, or whose tokenizer is not gpt-oss's: rows would be rendered in ids it does not know."""
+    place = f"model.name = {folder}"
+    if not any(folder.glob("*.safetensors")):
+        raise FastossError("the folder has no *.safetensors", place=place, hint="fastoss reads safetensors only")
+    path = folder / "tokenizer.json"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_SHA256:
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        same = len(content["model"]["vocab"]) == 199_998 and all(ids.get(name) == number for number, name in SPECIAL.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise FastossError("its tokenizer.json is not gpt-oss's", place=place, hint="fastoss renders with OpenAI's own tokenizer")
 
 
 def _download_config(source: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     place = f"model.name = {source}"
     try:
@@ -46,6 +71,8 @@ def _download_config(source: str) -> Path:
     except RepositoryNotFoundError:
         hint = "check the name; for a private model set HF_TOKEN"
         raise FastossError(f"the hub has no model {source}", place=place, hint=hint) from None
+    except HFValidationError:
+        raise FastossError("there is no such folder, and it is no hub id", place=place) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
         hint = "check the network (HF_ENDPOINT names another hub), or give a local folder as model.name"
         fact = f"{source} is not in the hub's cache, and the hub cannot be reached ({type(problem).__name__})"

@@ -66,29 +66,49 @@ def check_targets(model: Any, settings: LoraSettings, expert_layers: list[int]) 
     layers = model.config.num_hidden_layers
     counts = {"attention": 0, "experts": 0}
     reached: dict[str, set[int]] = {"attention": set(), "experts": set()}
-    attention_modules: set[tuple[int, str]] = set()
     total = 0
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         if not parameter.requires_grad:
             continue
-        layer = re.search(r"\.layers\.(\d+)\.(self_attn|mlp)\b(?:\.(\w+_proj))?", name)
+        layer = re.search(r"\.layers\.(\d+)\.(self_attn|mlp)\b", name)
         if layer is None or ".lora_" not in name:
             raise FastossError(f"`{name}` would train, but is no LoRA of attention or experts")
         group = "attention" if layer[2] == "self_attn" else "experts"
         counts[group] += parameter.numel()
         reached[group].add(int(layer[1]))
-        if group == "attention":
-            attention_modules.add((int(layer[1]), layer[3]))
     for group, wanted in (("attention", set(range(layers))), ("experts", set(expert_layers))):
         wanted = wanted if group in settings.targets else set()
         if reached[group] != wanted:
             missing, extra = sorted(wanted - reached[group]), sorted(reached[group] - wanted)
             what = f"layers {missing} got none" if missing else f"layers {extra} got it unasked"
             raise FastossError(f'LoRA on "{group}" did not reach what was named: {what}', hint="this checkpoint's layout is not known to fastoss")
-    if "attention" in settings.targets and len(attention_modules) != layers * len(ATTENTION_MODULES):
-        raise FastossError(f"LoRA reached {len(attention_modules)} attention matrices, not {layers * len(ATTENTION_MODULES)}")
+    for group, matrices in _matrices(model.config).items():
+        reached_layers = layers if group == "attention" else len(expert_layers)
+        expected = reached_layers * settings.r * sum(size_in + size_out for size_in, size_out in matrices) if group in settings.targets else 0
+        if counts[group] != expected:
+            fact = (
+                f'LoRA on "{group}" has {counts[group]:,} parameters, its {len(matrices)} matrices a layer make {expected:,}: some were not reached'
+            )
+            raise FastossError(fact, hint="this checkpoint's layout is not known to fastoss")
     return TrainableCounts(counts["attention"], counts["experts"], total)
+
+
+def _matrices(config: Any) -> dict[str, list[tuple[int, int]]]:
+    """(in, out) of every matrix of a layer that LoRA can target; rank-r LoRA adds r · (in + out) parameters to each."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    expert = [(hidden, 2 * inner), (inner, hidden)]
+    return {"attention": [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)], "experts": expert * config.num_local_experts}
+
+
+def check_adapter_settings(folder: Path, settings: LoraSettings) -> None:
+    """Refuse an adapter whose rank or alpha is not the recipe's, from its config alone."""
+    saved = read_json(folder / "adapter_config.json")
+    for key, ours in (("r", settings.r), ("lora_alpha", settings.lora_alpha)):
+        if saved.get(key) != ours:
+            hint = f"set lora.{key} = {saved.get(key)}"
+            raise FastossError(f"the adapter has {key} {saved.get(key)}, the recipe {ours}", place=str(folder), hint=hint)
 
 
 def load_adapter_weights(model: Any, folder: Path, settings: LoraSettings) -> None:
@@ -96,11 +116,7 @@ def load_adapter_weights(model: Any, folder: Path, settings: LoraSettings) -> No
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    saved = read_json(folder / "adapter_config.json")
-    for key, ours in (("r", settings.r), ("lora_alpha", settings.lora_alpha)):
-        if saved.get(key) != ours:
-            hint = f"set lora.{key} = {saved.get(key)}"
-            raise FastossError(f"the adapter has {key} {saved.get(key)}, the recipe {ours}", place=str(folder), hint=hint)
+    check_adapter_settings(folder, settings)
     result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     missing = [key for key in result.missing_keys if "lora_" in key]
     wrong = [*missing, *result.unexpected_keys]

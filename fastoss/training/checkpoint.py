@@ -26,6 +26,15 @@ def publish_checkpoint(run: RunDirectory, step: int, keep: int) -> Path:
     return final
 
 
+def sweep(run: RunDirectory) -> None:
+    """Remove what a killed run left half-written or half-deleted beside its checkpoints. Only under the run's lock."""
+    if run.checkpoints.is_dir():
+        whole = set(list_checkpoints(run))
+        for path in run.checkpoints.iterdir():
+            if path.is_dir() and path not in whole:
+                shutil.rmtree(path)
+
+
 def list_checkpoints(run: RunDirectory) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not run.checkpoints.is_dir():

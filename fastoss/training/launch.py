@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from fastoss.errors import EXIT_RUN_FAILED, EXIT_STOPPED, FastossError
+from fastoss.run import RunDirectory
+from fastoss.training.checkpoint import latest_checkpoint
 from fastoss.training.progress import Console
 
 
@@ -16,7 +18,7 @@ def check_gpus(gpus: int, *, available: int) -> None:
         raise FastossError(f"this machine has {available} GPUs", place=f"--gpus {gpus}", hint=f"ask for 1 to {max(1, available)}")
 
 
-def launch(arguments: Sequence[str], gpus: int) -> int:
+def launch(arguments: Sequence[str], gpus: int, run: RunDirectory) -> int:
     """Run `fastoss ARGUMENTS` in `gpus` processes through torchrun's own launcher; returns the exit code of the run."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,8 +28,10 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=gpus, run_id=f"fastoss-{os.getpid()}", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )  # fmt: skip
     _quiet_launcher()
+    before = latest_checkpoint(run)
     try:
         elastic_launch(config, sys.executable)("-m", "fastoss", *arguments)
     except ChildFailedError as failed:
@@ -36,8 +40,12 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
         if not known and any(code < 0 for code in codes):
             Console().say(f"error: a process was killed by signal {-min(codes)}\nhint: the same command goes on from the last checkpoint")
         return known[0] if known else EXIT_RUN_FAILED
-    except SignalException:
-        return EXIT_STOPPED  # the launcher passed the signal on, and the processes saved before they ended
+    except SignalException as stopped:
+        # The launcher passed the signal on; whether the processes came to save shows in the run.
+        if latest_checkpoint(run) != before:
+            return EXIT_STOPPED
+        Console().say("stopped before anything new was saved; the same command begins at the last checkpoint")
+        return 128 + int(stopped.sigval)
     return 0
 
 

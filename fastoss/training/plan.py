@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 from fastoss.config import Recipe, resolved_dict
 from fastoss.data.dataset import build_dataset
-from fastoss.model.backend import has_gpu, plan_model
+from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
 from fastoss.training.train import batch_line, plan_batches, steps_of
 
 
 def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int) -> Iterator[str]:
     """The resolved recipe as JSON, then in words what `train` would do."""
-    gpu = has_gpu() or recipe.model.name != "tiny"  # a recipe made for a GPU is judged for one, here or elsewhere
+    # A recipe made for a GPU is judged for one, here or elsewhere.
+    gpu = has_gpu() or (recipe.model.name != "tiny" and recipe.model.precision in NEEDS_GPU)
     plan = plan_model(recipe.model, gpu=gpu, installed=has_gpu())
     dataset = build_dataset(recipe, sample=sample)
     yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)

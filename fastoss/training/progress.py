@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastoss.run import write_whole
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
@@ -21,8 +23,8 @@ def world_size() -> int:
 class Console:
     """Says things once: on rank 0, to stderr, and to the run's log when it has one."""
 
-    def __init__(self) -> None:
-        self.quiet = rank() != 0
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet or rank() != 0
         self.log: Path | None = None
         self._waiting: list[str] = []  # said before the run directory was there
         self._live = False
@@ -83,12 +85,12 @@ class MetricsFile:
                 if entry.get("step", 0) <= resume_step:
                     kept.append(line)
         if rank() == 0:
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_whole(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         if rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
 
 def duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ class Question:
 
     messages: tuple[Message, ...]
     expected: Message | None = None
+    reasoning_effort: str | None = None  # the row's own, where it has one: what was trained is what is asked
 
 
 class Samples:
@@ -32,9 +33,9 @@ class Samples:
     def __init__(self, recipe: Recipe, run: RunDirectory, dataset: Dataset, console: Console):
         self.recipe, self.run, self.console = recipe, run, console
         count = min(recipe.samples.from_train, len(dataset.train))
-        chosen = [dataset.train[i * len(dataset.train) // count].conversation.messages for i in range(count)]
+        chosen = [dataset.train[i * len(dataset.train) // count].conversation for i in range(count)]
         self.questions = [Question((Message("user", prompt),)) for prompt in recipe.samples.prompts]
-        self.questions += [Question(messages[:-1], messages[-1]) for messages in chosen]
+        self.questions += [Question(chat.messages[:-1], chat.messages[-1], chat.reasoning_effort) for chat in chosen]
         self.before: list[dict[str, Any]] = []
 
     def answer_before(self, model: Any, plan: ModelPlan) -> None:
@@ -43,7 +44,9 @@ class Samples:
             return
         if self.run.samples.is_file():
             entries = [json.loads(line) for line in self.run.samples.read_text(encoding="utf-8").splitlines()]
-            if [entry["messages"] for entry in entries] == [self._shown(q) for q in self.questions]:
+            limit = self.recipe.samples.max_new_tokens
+            known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"]) for entry in entries]
+            if known == [(self._shown(q), q.reasoning_effort, limit) for q in self.questions]:
                 self.before = [entry["before"] for entry in entries]
                 return
         self.console.say(f"asking the base model {len(self.questions)} questions …")
@@ -69,14 +72,23 @@ class Samples:
     def _answers(self, model: Any, plan: ModelPlan) -> list[Completion]:
         engine = Engine(ready_for_inference(model, plan), self.recipe.format)
         sampling = Sampling(temperature=0, max_new_tokens=self.recipe.samples.max_new_tokens)
-        chats = [question.messages for question in self.questions]
-        replies = [reply for start in range(0, len(chats), _AT_ONCE) for reply in engine.complete(chats[start : start + _AT_ONCE], sampling)]
+        replies: list[Completion] = []
+        for start in range(0, len(self.questions), _AT_ONCE):
+            asked = self.questions[start : start + _AT_ONCE]
+            replies += engine.complete([q.messages for q in asked], sampling, [q.reasoning_effort for q in asked])
         ready_for_training(model, plan)
         return replies
 
     def _write(self, after: list[Any]) -> None:
         entries = [
-            {"messages": self._shown(q), "expected": asdict(q.expected) if q.expected else None, "before": b, "after": a}
+            {
+                "messages": self._shown(q),
+                "reasoning_effort": q.reasoning_effort,
+                "max_new_tokens": self.recipe.samples.max_new_tokens,
+                "expected": asdict(q.expected) if q.expected else None,
+                "before": b,
+                "after": a,
+            }
             for q, b, a in zip(self.questions, self.before, after, strict=True)
         ]
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]

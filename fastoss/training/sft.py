@@ -5,6 +5,8 @@ Import this file only after the model is loaded: Unsloth must be imported before
 
 from __future__ import annotations
 
+import itertools
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -26,6 +28,10 @@ from fastoss.model.head import chunked_cross_entropy_loss
 from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import publish_checkpoint, writing_folder
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
+
+_BROKEN_HINT = (
+    "look at these rows, or begin anew with a lower train.learning_rate (--no-resume --overwrite); the same command goes on from the last checkpoint"
+)
 
 
 class ScheduleCollator:
@@ -95,7 +101,7 @@ def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute:
     gpu = plan.device == "gpu"
     # Unsloth on a GPU fuses head and loss in its own kernels; elsewhere it is ours (see HarmonySFTTrainer).
     loss_type = "nll" if gpu and plan.backend == "unsloth" else "chunked_nll"
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(writing_folder(run)),
         per_device_train_batch_size=1,  # one item is the number of a whole micro-batch
         per_device_eval_batch_size=1,
@@ -136,6 +142,9 @@ def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute:
         dataset_kwargs={"skip_prepare_dataset": True},
         push_to_hub=False,
     )
+    if world_size() == 1 and config.device.type == "cuda":
+        config._n_gpu = 1  # one process, one card: several visible ones would become a DataParallel
+    return config
 
 
 class HarmonySFTTrainer(SFTTrainer):
@@ -164,8 +173,6 @@ class HarmonySFTTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             step = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
             self._micro_batch = step * self.args.gradient_accumulation_steps
-            done = self.training.schedule.batches[: self._micro_batch * world_size()]
-            self._total_train_tokens = sum(len(self.training.train[i]) for members in done for i in members)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -187,8 +194,7 @@ class HarmonySFTTrainer(SFTTrainer):
         rows = self.batch_places()
         shown = ", ".join(rows[:5]) + (", …" if len(rows) > 5 else "")
         self.training.metrics.write(step, {"failed": what})
-        hint = "lower train.learning_rate, or look at these rows; the last checkpoint is whole, and the same command goes on from it"
-        raise RunFailed(f"{what} at step {step}; rows of the batch: {shown}", hint=hint)
+        raise RunFailed(f"{what} at step {step}; rows of the batch: {shown}", hint=_BROKEN_HINT)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         done = self.state.global_step * self.args.gradient_accumulation_steps * world_size()
@@ -206,11 +212,16 @@ class HarmonySFTTrainer(SFTTrainer):
             for members in batches:
                 batch = self._prepare_inputs(collate([training.eval[i] for i in members], training.layout))
                 count = (batch["labels"][:, 1:] != IGNORE).sum()
-                loss = self.model(**batch, use_cache=False)["loss"]
-                sums += torch.stack([loss.double() * count, count.double()])
+                if count == 0:
+                    continue  # its mean would be 0 / 0
+                mean = self.model(**batch, use_cache=False)["loss"]
+                sums += torch.stack([mean.double() * count, count.double()])
         if world_size() > 1:
             torch.distributed.all_reduce(sums)
-        metrics = {f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item()}
+        loss = (sums[0] / sums[1]).item()
+        if not math.isfinite(loss):
+            raise RunFailed(f"the held-out loss is {loss} at step {self.state.global_step}", hint=_BROKEN_HINT)
+        metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics | {f"{metric_key_prefix}_runtime": time.monotonic() - started})
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -233,6 +244,11 @@ class HarmonySFTTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone: the tokenizer (28 MB) does not change, and training_args.bin is a pickle that holds tokens.
         assert output_dir is not None
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            raise RunFailed(
+                f"{len(broken)} weights are no numbers any more at step {self.state.global_step} ({broken[0]}): not saved", hint=_BROKEN_HINT
+            )
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
 
@@ -250,7 +266,9 @@ class _Cadence(TrainerCallback):
         self.training = training
         self.started = 0.0
         self.first_step = 0
-        self.last = (0.0, 0.0)  # (time, tokens) at the last line
+        self.last = (0.0, 0)  # (time, tokens) at the last line
+        sizes = (sum(len(training.train[i]) for i in members) for members in training.schedule.batches)
+        self.tokens = [0, *itertools.accumulate(sizes)]  # after so many micro-batches; Unsloth's trainer counts none itself
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.monotonic()
@@ -282,10 +300,12 @@ class _Cadence(TrainerCallback):
             return
         now = time.monotonic()
         seconds_a_step = (now - self.started) / max(1, step - self.first_step)
-        values = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy") if key in logs}
+        values: dict[str, Any] = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "entropy", "mean_token_accuracy") if key in logs}
+        per_step = args.gradient_accumulation_steps * world_size()
+        tokens = self.tokens[min(step * per_step, len(self.tokens) - 1 - training.schedule.fillers)]
+        values["num_tokens"] = tokens
         training.metrics.write(step, values | {"epoch": state.epoch, "seconds": round(now - self.started, 3)})
         due = step % training.recipe.log.every == 0 or step in (self.first_step + 1, training.total_steps)
-        tokens = values.get("num_tokens", 0.0)
         speed = (tokens - self.last[1]) / (now - self.last[0]) if self.last[0] else 0.0
         pace = f"{speed:,.0f} tok/s  " if speed > 0 else ""
         left = duration(seconds_a_step * (training.total_steps - step))

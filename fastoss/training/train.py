@@ -15,12 +15,12 @@ from fastoss.config import Recipe, recipe_from_resolved, resolved_dict
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
-from fastoss.errors import FastossError, Stopped
+from fastoss.errors import FastossError, RunFailed, Stopped
 from fastoss.model.adapter import library_versions, write_stamp
 from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model, ready_for_training
-from fastoss.model.lora import adapter_folder
+from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json, write_whole
-from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint
+from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint, sweep
 from fastoss.training.launch import check_gpus
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
 from fastoss.training.trackers import prepare_trackers
@@ -39,7 +39,8 @@ def train(
     """
     console = Console()
     plan = plan_model(recipe.model, gpu=has_gpu())
-    start_adapter = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
+    _check_processes(recipe, plan, world_size())
+    start_adapter = _start_adapter(recipe)
     trackers = prepare_trackers(recipe.log, run, console)
     console.say(f"{recipe.name}: {plan.line()}")
     for note in plan.notes:
@@ -47,22 +48,41 @@ def train(
     dataset = build_dataset(recipe, sample=sample)
     for line in dataset.report.lines():
         console.say(line)
-    with _opened(run, recipe, recipe_path, dataset, console, resume=resume, overwrite=overwrite) as unfinished:
+    layout, schedule = plan_batches(recipe, plan, dataset, world_size())
+    facts = _facts(recipe, plan, dataset, layout)
+    with _opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite) as unfinished:
         if not unfinished:
             return run
-        layout, schedule = plan_batches(recipe, plan, dataset, world_size())
         console.say(batch_line(recipe, layout, steps_of(schedule, recipe, world_size()), world_size()))
         _train_model(recipe, run, plan, dataset, layout, schedule, console, trackers, start_adapter)
     return run
 
 
-def check_before_launch(recipe: Recipe, gpus: int, *, sample: bool = False) -> None:
+def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, sample: bool = False) -> None:
     """Find bad input before any process is started. Raises `FastossError`."""
     import torch
 
     check_gpus(gpus, available=torch.cuda.device_count())
-    plan_model(recipe.model, gpu=has_gpu())
+    _check_processes(recipe, plan_model(recipe.model, gpu=has_gpu()), gpus)
+    _start_adapter(recipe)
+    prepare_trackers(recipe.log, run, Console(quiet=True))
     build_dataset(recipe, sample=sample)
+
+
+def _check_processes(recipe: Recipe, plan: ModelPlan, processes: int) -> None:
+    # An expert that no token of a rank chose gets no gradient there, and DDP waits for it (Unsloth's split 4-bit experts).
+    if processes > 1 and plan.backend == "unsloth" and plan.precision == "4bit" and "experts" in recipe.lora.targets:
+        hint = 'use precision = "mxfp4" or "bf16", or targets = ["attention"]'
+        raise FastossError("LoRA on 4-bit experts cannot be trained in several processes", place="lora.targets", hint=hint)
+
+
+def _start_adapter(recipe: Recipe) -> Path | None:
+    """The adapter that `model.adapter` names, checked as far as its files tell."""
+    if recipe.model.adapter is None:
+        return None
+    folder = adapter_folder(recipe.model.adapter)
+    check_adapter_settings(folder, recipe.lora)
+    return folder
 
 
 def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Schedule]:
@@ -102,7 +122,7 @@ def batch_line(recipe: Recipe, layout: Layout, total_steps: int, ranks: int) -> 
 
 @contextmanager
 def _opened(
-    run: RunDirectory, recipe: Recipe, recipe_path: Path, dataset: Dataset, console: Console, *, resume: bool, overwrite: bool
+    run: RunDirectory, recipe: Recipe, recipe_path: Path, facts: dict[str, Any], console: Console, *, resume: bool, overwrite: bool
 ) -> Iterator[bool]:
     """Lock and prepare the run directory (rank 0 alone writes); yields False when the run is finished already."""
     if rank() != 0:
@@ -116,22 +136,24 @@ def _opened(
                 raise FastossError("the run directory holds a run, and --no-resume would begin anew", place=str(run.root), hint=hint)
             run.clear()
         if run.exists() and (run.is_finished() or latest_checkpoint(run)):
-            _check_same_run(run, recipe, dataset)
+            _check_same_run(run, recipe, facts)
         else:
             run.clear()  # nothing was saved that another recipe could not replace
+        sweep(run)
         if run.is_finished():
             console.say(f"{run.root} is finished already: its adapter is {run.adapter}")
             yield False
             return
         console.log_to(run.log)
         write_whole(run.recipe, recipe_path.read_bytes())
-        write_json(run.manifest, _manifest(recipe, dataset))
+        started = read_json(run.manifest)["started"] if run.manifest.is_file() else []
+        write_json(run.manifest, facts | {"started": [*started, time.strftime("%Y-%m-%dT%H:%M:%S%z")]})
         write_json(run.resolved_recipe, resolved_dict(recipe))  # last: a run exists from here on
         yield True
 
 
-def _check_same_run(run: RunDirectory, recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse to go on with another recipe, other data, or another number of processes."""
+def _check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> None:
+    """Refuse to go on with another recipe, other data, another number of processes, or batches laid out otherwise."""
     before = resolved_dict(recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)))
     now = resolved_dict(recipe)
     changed = [
@@ -142,28 +164,27 @@ def _check_same_run(run: RunDirectory, recipe: Recipe, dataset: Dataset) -> None
         if (old != now[section][key] if isinstance(values, dict) else values != now[section])
     ]
     manifest = read_json(run.manifest)
-    if manifest["data"]["fingerprint"] != dataset.report.fingerprint:
+    if manifest["data"]["fingerprint"] != facts["data"]["fingerprint"]:
         changed.append("the data has changed")
-    if manifest["world_size"] != world_size():
-        changed.append(f"processes: {manifest['world_size']} → {world_size()}")
+    changed += [f"{key}: {manifest[key]} → {facts[key]}" for key in ("world_size", "backend", "precision", "layout") if manifest[key] != facts[key]]
     if changed:
         hint = "begin anew with --no-resume --overwrite, or in another place with --output"
         raise FastossError(f"the run was begun otherwise: {'; '.join(changed)}", place=str(run.root), hint=hint)
 
 
-def _manifest(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    import torch
-
-    report = asdict(dataset.report)
+def _facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout) -> dict[str, Any]:
+    """What the manifest says of a run. The card's name is added when the model is loaded: asking now would set up CUDA before Unsloth does."""
     return {
         "versions": library_versions(),
         "python": sys.version.split()[0],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None,
+        "backend": plan.backend,
+        "precision": plan.precision,
+        "layout": layout,
         "world_size": world_size(),
         "seed": recipe.train.seed,
         "format": recipe.format.model_dump(mode="json"),
-        "data": report,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data": asdict(dataset.report),
     }
 
 
@@ -178,6 +199,8 @@ def _train_model(
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
+    if gpu and rank() == 0:
+        _note_card(run)
     for note in notes:
         console.say(f"note: {note}")
 
@@ -199,6 +222,7 @@ def _train_model(
     trainer.pop_callback(_printer())
     ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
     check_first_batch(trainer, HarmonyRenderer(recipe.format))
+    _agree_on_checkpoint(checkpoint_step(checkpoint) if checkpoint else 0)
     if checkpoint:
         console.say(f"going on from {checkpoint.name}")
     begun = time.monotonic()
@@ -210,10 +234,27 @@ def _train_model(
     if trainer.state.global_step < training.total_steps:
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
     console.say(f"trained {training.total_steps:,} steps in {duration(time.monotonic() - begun)}")
-    _save_adapter(trainer, recipe, run, plan)
     if rank() == 0:
-        samples.answer_after(model, plan)
-        console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}")
+        samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
+    _save_adapter(trainer, recipe, run, plan)
+    console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}")
+
+
+def _note_card(run: RunDirectory) -> None:
+    import torch
+
+    write_json(run.manifest, read_json(run.manifest) | {"gpu": torch.cuda.get_device_name()})
+
+
+def _agree_on_checkpoint(step: int) -> None:
+    """Every rank must go on from the same step: on a slow shared disk one might not see the newest checkpoint."""
+    import torch
+
+    if world_size() > 1:
+        steps: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise RunFailed(f"the processes see different checkpoints (steps {steps})", hint="start the same command again")
 
 
 def _save_adapter(trainer: Any, recipe: Recipe, run: RunDirectory, plan: ModelPlan) -> None:
