@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 quickstart: .venv/base.done  ## train the tiny model on the shipped sample, show base and tuned replies
 	$(BIN)/fastoss train recipes/quickstart.toml --no-resume --overwrite
+	@echo "fastoss is in $(BIN): . $(BIN)/activate"
 
 test: .venv/test.done lint  ## everything CI runs
 	$(BIN)/python -m pytest
@@ -37,11 +38,13 @@ clean:
 
 # The package before its parts: one resolver run keeps the versions together.
 .venv/base.done: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv (about 1.5 GB, a minute or so) …"
 	$(PIP) -c constraints.txt "$(TORCH_CPU)" -e .
 	touch $@
 
 # Unsloth without its dependencies: they would replace the CPU torch by a CUDA build.
 .venv/test.done: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv, with what the tests need (about 2 GB, a minute or two) …"
 	$(PIP) -c constraints.txt "$(TORCH_CPU)" -e ".[test,dev]"
 	$(PIP) --no-deps $(UNSLOTH_CPU)
 	touch .venv/base.done $@

@@ -95,7 +95,7 @@ def gpu_tests(place: Place, record: Record) -> None:
     os.chdir(ROOT)
     # Without the project's own options: they start parallel workers, which would share the GPU and hide its peak memory.
     options = ["-o", "addopts=-q --strict-markers", "-p", "no:cacheprovider", *(["--collect-only"] if place.dry else [])]
-    code = pytest.main([*options, "-m", "gpu", "tests"], plugins=[counter])
+    code = pytest.main([*options, "-m", "gpu", "tests/test_gpu.py"], plugins=[counter])
     record.note(tests=counter.counts)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise Skip("no test is marked gpu")

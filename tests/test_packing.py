@@ -63,10 +63,12 @@ def test_max_steps_and_fractions_of_epochs():
     lengths = [10] * 10
     plan = schedule(lengths, BatchRule("padded", rows=2), max_steps=7, batches_per_step=2)
     assert (len(plan.batches), plan.epoch_ends) == (14, [5, 10, 14])
+    assert plan.epoch(14) == 2.8
     plan = schedule(lengths, BatchRule("padded", rows=2), epochs=1.4)
     assert plan.epoch_ends == [5, 7]
     assert plan.epoch(5) == 1.0
-    assert plan.epoch(6) == 1.5
+    assert plan.epoch(6) == 1.2
+    assert plan.epoch(7) == 1.4
 
 
 def test_ranks_get_as_many_batches_and_fillers_carry_no_loss():

@@ -301,7 +301,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder):
     assert "error: the " in result.err
     assert "is nan at step" in result.err
     assert "data.jsonl:" in result.err
-    assert "hint: lower train.learning_rate" in result.err
+    assert "begin anew with a lower train.learning_rate" in result.err
     assert not (run / "adapter").exists()
     assert "failed" in (run / "metrics.jsonl").read_text()
 

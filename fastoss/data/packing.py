@@ -35,20 +35,25 @@ class BatchRule:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every micro-batch of a run, as indices into the examples; `epoch_ends` are numbers of micro-batches."""
+    """Every micro-batch of a run, as indices into the examples.
+
+    `epoch_ends` are numbers of micro-batches; the last epoch may be cut short, whole it would have `last_epoch`.
+    """
 
     batches: list[list[int]]
     epoch_ends: list[int]
+    last_epoch: int
     fillers: int = 0  # batches at the end that no loss is taken from, so that every rank has as many
 
     def epoch(self, batches_done: int) -> float:
         """How many epochs so many micro-batches make."""
         start = 0
         for number, end in enumerate(self.epoch_ends):
-            if batches_done < end:
-                return number + (batches_done - start) / (end - start)
+            if batches_done < end or number == len(self.epoch_ends) - 1:
+                whole = self.last_epoch if number == len(self.epoch_ends) - 1 else end - start
+                return number + (min(batches_done, end) - start) / whole
             start = end
-        return float(len(self.epoch_ends))
+        raise AssertionError("a schedule has at least one epoch")
 
 
 def plan_schedule(
@@ -62,7 +67,7 @@ def plan_schedule(
     batches: list[list[int]] = []
     ends: list[int] = []
     wanted = max_steps * batches_per_step
-    number = 0
+    number = whole = 0
     while (len(batches) < wanted) if wanted else (number < epochs):
         order = list(range(len(lengths)))
         rng = random.Random(f"{seed}/{number}")
@@ -70,6 +75,7 @@ def plan_schedule(
         fresh = fill_batches(order, lengths, rule)
         if rule.rows is None:
             rng.shuffle(fresh)  # filling by length leaves like beside like
+        whole = len(fresh)
         if not wanted and epochs - number < 1:
             fresh = fresh[: max(1, round(len(fresh) * (epochs - number)))]
         batches += fresh
@@ -80,7 +86,7 @@ def plan_schedule(
         ends[-1] = len(batches)
     fillers = -len(batches) % ranks
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
-    return Schedule(batches + [[shortest]] * fillers, ends, fillers)
+    return Schedule(batches + [[shortest]] * fillers, ends, whole, fillers)
 
 
 def fill_batches(order: Sequence[int], lengths: Sequence[int], rule: BatchRule) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import glob
 import gzip
 import io
@@ -66,7 +67,10 @@ def _files(path: Path) -> list[Path]:
         if not files:
             raise FastossError("no file matches", place=shown(path), hint="data paths are relative to the recipe file")
     elif not path.exists():
-        raise FastossError("data file not found", place=shown(path), hint="data paths are relative to the recipe file")
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else "data paths are relative to the recipe file"
+        raise FastossError("data file not found", place=shown(path), hint=hint)
     else:
         files = [path]
     for file in files:

@@ -12,7 +12,7 @@ from fastoss.inference.engine import Engine, Sampling
 
 def chat(name: str, prompt: str | None, temperature: float, max_new_tokens: int) -> None:
     """Answer `prompt` once, or talk until the input ends. Raises `RunFailed` when one answer was asked and none came."""
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None:
         print(f"loading {name} …", file=sys.stderr, flush=True)
     engine = Engine.load(name)
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
@@ -21,13 +21,17 @@ def chat(name: str, prompt: str | None, temperature: float, max_new_tokens: int)
         if not answer:
             raise RunFailed("the model gave no answer", hint="raise --max-new-tokens if its reasoning was cut")
         return
-    print("type a message; an empty line or Ctrl-D ends the chat", file=sys.stderr)
+    print("type a message; /new forgets what was said; an empty line or Ctrl-D ends the chat", file=sys.stderr)
     history: list[Message] = []
     while True:
-        print("> ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return
+        if line == "/new":
+            history.clear()
+            continue
         history.append(Message("user", line))
         answer = _answer(engine, history, sampling)
         # The next prompt holds earlier answers without their reasoning, as training showed them.

@@ -64,7 +64,7 @@ def plan_model(config: ModelConfig, *, gpu: bool, installed: bool = True) -> Mod
         precision = "float32"
     elif not gpu and precision in NEEDS_GPU and not (precision == "4bit" and config.backend == "transformers"):
         hint = "train on a GPU machine, or try the recipe here with --set model.name=tiny"
-        raise FastossError(f'model.precision = "{precision}" needs a GPU, and this machine has none', place="model.precision", hint=hint)
+        raise FastossError(f'"{precision}" needs a GPU, and this machine has none', place="model.precision", hint=hint)
     elif gpu and config.name == "tiny" and precision in ("4bit", "mxfp4"):
         notes.append(f"the tiny model runs in bf16 (the recipe says {precision}, which needs a checkpoint made for it)")
         precision = "bf16"

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from fastoss.config import Recipe, resolved_dict
 from fastoss.data.dataset import build_dataset
+from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
-from fastoss.training.train import batch_line, plan_batches, steps_of
+from fastoss.training.checkpoint import latest_checkpoint
+from fastoss.training.train import batch_lines, check_same_run, plan_batches, run_facts, steps_of
 
 
 def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int) -> Iterator[str]:
-    """The resolved recipe as JSON, then in words what `train` would do."""
+    """What `train` would do in words, then the resolved recipe as JSON."""
     # A recipe made for a GPU is judged for one, here or elsewhere.
     gpu = has_gpu() or (recipe.model.name != "tiny" and recipe.model.precision in NEEDS_GPU)
     plan = plan_model(recipe.model, gpu=gpu, installed=has_gpu())
     dataset = build_dataset(recipe, sample=sample)
-    yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)
-    yield ""
     yield f"would train {plan.line()}"
     if gpu and not has_gpu():
         yield "this machine has no GPU: train it on one that has, or here with --set model.name=tiny"
@@ -29,6 +30,17 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
     yield f"LoRA r {lora.r}, alpha {lora.lora_alpha:g}, on {' and '.join(lora.targets)}{experts}"
     yield from dataset.report.lines()
     layout, schedule = plan_batches(recipe, plan, dataset, gpus)
-    yield batch_line(recipe, layout, steps_of(schedule, recipe, gpus), gpus)
-    state = "is finished already" if run.is_finished() else "would go on" if run.exists() else "would begin"
-    yield f"run directory: {run.root} ({state})"
+    yield from batch_lines(recipe, layout, steps_of(schedule, recipe, gpus), gpus)
+    yield f"run directory: {run.root} ({_state(recipe, run, run_facts(recipe, plan, dataset, layout) | {'world_size': gpus})})"
+    yield ""
+    yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)
+
+
+def _state(recipe: Recipe, run: RunDirectory, facts: dict[str, Any]) -> str:
+    if not run.exists() or not (run.is_finished() or latest_checkpoint(run)):
+        return "would begin"
+    try:
+        check_same_run(run, recipe, facts)
+    except FastossError as refusal:
+        return f"would be refused, {refusal.fact}"
+    return "is finished already" if run.is_finished() else "would go on"

@@ -49,7 +49,10 @@ class Samples:
             if known == [(self._shown(q), q.reasoning_effort, limit) for q in self.questions]:
                 self.before = [entry["before"] for entry in entries]
                 return
-        self.console.say(f"asking the base model {len(self.questions)} questions …")
+        count = len(self.questions)
+        self.console.say(f"asking the base model {count} question{'' if count == 1 else 's'} …")
+        if plan.source is None:
+            self.console.say("note: the tiny base has random weights, so its replies are noise; tuned, it knows its training rows and nothing else")
         with model.disable_adapter():
             self.before = [_plain(reply) for reply in self._answers(model, plan)]
         self._write([None] * len(self.questions))
@@ -68,6 +71,12 @@ class Samples:
             base = sum(_same(q.expected, b) for q, b, _ in known)
             tuned_right = sum(_same(q.expected, a) for q, _, a in known)
             self.console.say(f"word for word, in every channel: base {base} of {len(known)}, tuned {tuned_right} of {len(known)}")
+
+    def suggestion(self) -> str:
+        """A question for the first chat: one that the model has seen alone, if there is one."""
+        alone = [q for q in self.questions if len(q.messages) == 1 and '"' not in q.messages[0].content]
+        asked = next((q for q in alone if q.expected), alone[0] if alone else None)
+        return f' --prompt "{asked.messages[0].content}"' if asked else ""
 
     def _answers(self, model: Any, plan: ModelPlan) -> list[Completion]:
         engine = Engine(ready_for_inference(model, plan), self.recipe.format)

@@ -34,6 +34,9 @@ _BROKEN_HINT = (
 )
 
 
+_PATIENCE_S = 15.0  # a person should not wait longer for a sign of life, if steps are shorter than that
+
+
 class ScheduleCollator:
     """Turns the number of a micro-batch into its tensors; the schedule's last `fillers` carry no labels.
 
@@ -305,7 +308,8 @@ class _Cadence(TrainerCallback):
         tokens = self.tokens[min(step * per_step, len(self.tokens) - 1 - training.schedule.fillers)]
         values["num_tokens"] = tokens
         training.metrics.write(step, values | {"epoch": state.epoch, "seconds": round(now - self.started, 3)})
-        due = step % training.recipe.log.every == 0 or step in (self.first_step + 1, training.total_steps)
+        quiet_for = now - (self.last[0] or self.started)
+        due = step % training.recipe.log.every == 0 or step in (self.first_step + 1, training.total_steps) or quiet_for > _PATIENCE_S
         speed = (tokens - self.last[1]) / (now - self.last[0]) if self.last[0] else 0.0
         pace = f"{speed:,.0f} tok/s  " if speed > 0 else ""
         left = duration(seconds_a_step * (training.total_steps - step))

@@ -49,11 +49,12 @@ def train(
     for line in dataset.report.lines():
         console.say(line)
     layout, schedule = plan_batches(recipe, plan, dataset, world_size())
-    facts = _facts(recipe, plan, dataset, layout)
+    facts = run_facts(recipe, plan, dataset, layout)
     with _opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite) as unfinished:
         if not unfinished:
             return run
-        console.say(batch_line(recipe, layout, steps_of(schedule, recipe, world_size()), world_size()))
+        for line in batch_lines(recipe, layout, steps_of(schedule, recipe, world_size()), world_size()):
+            console.say(line)
         _train_model(recipe, run, plan, dataset, layout, schedule, console, trackers, start_adapter)
     return run
 
@@ -111,13 +112,20 @@ def steps_of(schedule: Schedule, recipe: Recipe, ranks: int) -> int:
     return -(-len(schedule.batches) // per_step)
 
 
-def batch_line(recipe: Recipe, layout: Layout, total_steps: int, ranks: int) -> str:
+def batch_lines(recipe: Recipe, layout: Layout, total_steps: int, ranks: int) -> list[str]:
+    """How the run is cut into steps, and what will not happen within them."""
     train = recipe.train
     size = f"{train.per_device_train_batch_size} rows" if train.per_device_train_batch_size else f"up to {train.tokens_per_batch:,} tokens"
     processes = f" × {ranks} processes" if ranks > 1 else ""
     micro = "1 micro-batch" if train.gradient_accumulation_steps == 1 else f"{train.gradient_accumulation_steps} micro-batches"
     how = "documents packed and kept apart" if layout == "packed" else "rows padded on the right"
-    return f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"
+    lines = [f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"]
+    every = recipe.checkpoint.every
+    if every != "epoch" and every >= total_steps:
+        lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed begins anew")
+    if recipe.eval.fraction and recipe.eval.every >= total_steps:
+        lines.append(f"note: no evaluation before the end (eval.every = {recipe.eval.every})")
+    return lines
 
 
 @contextmanager
@@ -136,7 +144,7 @@ def _opened(
                 raise FastossError("the run directory holds a run, and --no-resume would begin anew", place=str(run.root), hint=hint)
             run.clear()
         if run.exists() and (run.is_finished() or latest_checkpoint(run)):
-            _check_same_run(run, recipe, facts)
+            check_same_run(run, recipe, facts)
         else:
             run.clear()  # nothing was saved that another recipe could not replace
         sweep(run)
@@ -152,7 +160,7 @@ def _opened(
         yield True
 
 
-def _check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> None:
+def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> None:
     """Refuse to go on with another recipe, other data, another number of processes, or batches laid out otherwise."""
     before = resolved_dict(recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)))
     now = resolved_dict(recipe)
@@ -172,7 +180,7 @@ def _check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) ->
         raise FastossError(f"the run was begun otherwise: {'; '.join(changed)}", place=str(run.root), hint=hint)
 
 
-def _facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout) -> dict[str, Any]:
+def run_facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout) -> dict[str, Any]:
     """What the manifest says of a run. The card's name is added when the model is loaded: asking now would set up CUDA before Unsloth does."""
     return {
         "versions": library_versions(),
@@ -233,11 +241,12 @@ def _train_model(
         stop.restore()
     if trainer.state.global_step < training.total_steps:
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
-    console.say(f"trained {training.total_steps:,} steps in {duration(time.monotonic() - begun)}")
+    first = checkpoint_step(checkpoint) + 1 if checkpoint else 1
+    console.say(f"trained steps {first:,} to {training.total_steps:,} in {duration(time.monotonic() - begun)}")
     if rank() == 0:
         samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
     _save_adapter(trainer, recipe, run, plan)
-    console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}")
+    console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}{samples.suggestion()}")
 
 
 def _note_card(run: RunDirectory) -> None:
