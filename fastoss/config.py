@@ -88,7 +88,9 @@ class DataSource(_Section):
     source: str = Field(min_length=1, description="a .jsonl, .json, .csv or .parquet file (or packed as .gz or .zst), a folder or a glob")
     split: str = Field("train", description="split of a hub data set; a local file has none")
     sample: str | None = Field(None, description="what --sample reads in place of the source")
-    format: Literal["auto", "messages", "alpaca"] = Field("auto", description="auto: told from the columns of each row")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "flat"] = Field(
+        "auto", description="auto: told from the columns of each row"
+    )
     max_rows: int | None = Field(None, ge=1, description="only the first so many rows")
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fastoss.config import DataSource, Identity, load_recipe
 from fastoss.data.conversation import Message
 from fastoss.data.dataset import build_dataset
-from fastoss.data.formats import row_to_conversation
+from fastoss.data.formats import row_to_conversation, unread_columns
 from fastoss.data.show import example_lines
 from fastoss.data.sources import BadRow, Row, read_rows
 from fastoss.errors import FastossError
@@ -68,6 +68,31 @@ def test_alpaca_with_history_input_system_and_thinking():
     assert said[5:] == [("user", "Fix\nteh", None), ("assistant", "the", "t")]
 
 
+def test_sharegpt():
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "<think>t</think>a"}]
+    assert understood({"conversations": turns, "system": "s"}) == [("system", "s", None), ("user", "u", None), ("assistant", "a", "t")]
+    assert understood({"conversations": [{"from": "system", "value": "s"}, *turns]})[0] == ("system", "s", None)
+    assert understood({"conversations": chat(("user", "u"), ("assistant", "a"))["messages"]}) == [("user", "u", None), ("assistant", "a", None)]
+
+
+def test_prompt_and_completion():
+    assert understood({"prompt": "p", "completion": "<think>t</think>c"}) == [("user", "p", None), ("assistant", "c", "t")]
+    prompt, completion = chat(("system", "s"), ("user", "u"))["messages"], chat(("assistant", "a"))["messages"]
+    assert understood({"prompt": prompt, "completion": completion}) == [("system", "s", None), ("user", "u", None), ("assistant", "a", None)]
+
+
+def test_flat_columns():
+    row = {"reasoning_language": "German", "developer": "d", "user": "u", "analysis": "denken", "final": "f"}
+    assert understood(row) == [("system", "d", None), ("user", "u", None), ("assistant", "f", "denken")]
+    assert understood({"user": "u", "final": "f", "analysis": ""})[-1] == ("assistant", "f", None)
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt", "alpaca", "prompt_completion", "flat"])
+def test_a_named_format_is_insisted_on(format):
+    with pytest.raises(BadRow, match=r"is missing or null|is not a list of messages"):
+        understood({"text": "x"}, format=format)
+
+
 def test_identity_fills_rows():
     row = {"instruction": "Who are you, {{NAME}}?", "output": "{{NAME}}, made by {{AUTHOR}}."}
     said = understood(row, identity=Identity(name="Mika", author="us"))
@@ -111,6 +136,12 @@ def test_identity_fills_rows():
         (chat(("user", "u"), ("assistant", "a")) | {"reasoning_effort": "max"}, "`reasoning_effort` is 'max'"),
         ({"instruction": "i"}, "`output` is missing or null"),
         ({"output": "o"}, "`instruction` is missing or null"),
+        ({"conversations": [{"from": "function_call", "value": "x"}]}, "message 1 has the unknown role 'function_call'"),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}, "message 1 (user) is missing or null"),
+        ({"conversations": "x"}, "`conversations` is not a list of messages"),
+        ({"prompt": ["x"], "completion": "c"}, "`prompt` is not a text"),
+        ({"prompt": "p", "completion": None}, "`completion` is missing or null"),
+        ({"user": "u", "final": ""}, "the answer is empty"),
         ({"instruction": "i", "output": 3}, "`output` is not a text"),
         ({"instruction": "i", "output": "o", "history": "x"}, "`history` is not a list of [user, assistant] pairs"),
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "pair 1 of `history` is not [user, assistant]"),
@@ -134,7 +165,25 @@ json_values = st.recursive(
     ),
     max_leaves=12,
 )
-names = st.sampled_from(["messages", "instruction", "input", "output", "history", "thinking", "system", "reasoning_effort"])
+names = st.sampled_from(
+    [
+        "conversations",
+        "prompt",
+        "completion",
+        "user",
+        "final",
+        "analysis",
+        "developer",
+        "messages",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "thinking",
+        "system",
+        "reasoning_effort",
+    ]
+)
 
 
 @settings(max_examples=600, deadline=None)
@@ -142,6 +191,7 @@ names = st.sampled_from(["messages", "instruction", "input", "output", "history"
 def test_any_row_is_understood_or_refused(columns):
     with contextlib.suppress(BadRow):
         row_to_conversation(Row(columns, "x:1"))
+    assert unread_columns(Row(columns, "x:1")) is not None
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

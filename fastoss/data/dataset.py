@@ -145,7 +145,7 @@ def _conversations(recipe: Recipe, report: DataReport, sample: bool) -> Iterator
         for row in read_rows(source, sample=sample):
             report.rows += 1
             if isinstance(row, Row):
-                report.unread.update(unread_columns(row))
+                report.unread.update(unread_columns(row, source.format))
             try:
                 if isinstance(row, BadRow):
                     raise row

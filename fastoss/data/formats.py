@@ -12,28 +12,46 @@ from fastoss.data.sources import BadRow, Row
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 # What harmony writes as control tokens. As text in a row they are an injection, or the trace of another tool.
 _CONTROL = re.compile(r"<\|(start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|target|reserved_\d+)\|>")
-_ALPACA = {"instruction", "input", "output", "history", "thinking", "system"}
+# The columns of each format; a row's own columns tell which it is.
+_COLUMNS = {
+    "messages": {"messages"},
+    "sharegpt": {"conversations", "system"},
+    "alpaca": {"instruction", "input", "output", "history", "thinking", "system"},
+    "prompt_completion": {"prompt", "completion"},
+    "flat": {"developer", "user", "analysis", "final", "reasoning_language"},
+}
+_ANY = {"tools", "reasoning_effort"}
 _MESSAGE = {"role", "content", "thinking", "reasoning_content", "tool_calls"}
-KNOWN_COLUMNS = sorted(_ALPACA | {"messages", "tools", "reasoning_effort"})
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+KNOWN_COLUMNS = sorted(set().union(*_COLUMNS.values(), _ANY))
 
 
-def unread_columns(row: Row) -> set[str]:
+def unread_columns(row: Row, format: str = "auto") -> set[str]:
     """Columns of a row, and keys of its messages, that are not understood and so would be lost without a word."""
-    if "messages" not in row.columns:
-        return set(row.columns) - _ALPACA - {"tools", "reasoning_effort"}
-    entries = row.columns["messages"]
+    try:
+        format = _detect(row) if format == "auto" else format
+    except BadRow:
+        return set()
+    unread = set(row.columns) - _COLUMNS[format] - _ANY
+    if format == "messages" and "user" in row.columns and "final" in row.columns:
+        unread -= _COLUMNS["flat"]  # Multilingual-Thinking says everything twice
+    entries = row.columns.get("messages")
     keys = {str(key) for entry in entries if isinstance(entry, dict) for key in entry} if isinstance(entries, list) else set()
-    return (set(row.columns) - {"messages", "tools", "reasoning_effort"}) | {f"messages.{key}" for key in keys - _MESSAGE}
+    return unread | {f"messages.{key}" for key in keys - _MESSAGE}
 
 
 def row_to_conversation(row: Row, format: str = "auto", identity: Identity | None = None) -> Conversation:
-    """Understand a row as a conversation. `format` is `auto`, `messages` or `alpaca`.
+    """Understand a row as a conversation. `format` is `auto` or the name of one of the five formats (docs/data.md).
 
     Raises `BadRow` with place, fact and hint when a role, a text or the order of turns is not what it must be.
     """
     if format == "auto":
         format = _detect(row)
-    turns = _from_messages(row) if format == "messages" else _from_alpaca(row)
+    readers = {
+        "messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca,
+        "prompt_completion": _from_prompt_completion, "flat": _from_flat,
+    }  # fmt: skip
+    turns = readers[format](row)
     if row.columns.get("tools"):
         raise BadRow("the row has `tools`", place=row.place, hint="tool calls are not available in this version")
     effort = row.columns.get("reasoning_effort")
@@ -45,35 +63,83 @@ def row_to_conversation(row: Row, format: str = "auto", identity: Identity | Non
 
 
 def _detect(row: Row) -> str:
-    if "messages" in row.columns:
-        return "messages"
-    if "instruction" in row.columns or "output" in row.columns:
+    columns = row.columns
+    for format, telling in (
+        ("messages", ("messages",)),
+        ("sharegpt", ("conversations",)),
+        ("prompt_completion", ("prompt", "completion")),
+        ("flat", ("user", "final")),
+    ):
+        if all(name in columns for name in telling):
+            return format
+    if "instruction" in columns or "output" in columns:
         return "alpaca"
-    columns = ", ".join(row.columns) or "none"
-    raise BadRow(f"the columns are not understood ({columns})", place=row.place, hint="give `messages`, or `instruction` and `output`")
+    hint = "give `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `user` and `final`"
+    raise BadRow(f"the columns are not understood ({', '.join(columns) or 'none'})", place=row.place, hint=hint)
 
 
 def _from_messages(row: Row) -> list[Message]:
-    entries = row.columns.get("messages")
+    return _messages(row.columns.get("messages"), "messages", row.place)
+
+
+def _messages(entries: Any, column: str, place: str) -> list[Message]:
     if not isinstance(entries, list) or not entries:
-        raise BadRow("`messages` is not a list of messages", place=row.place)
+        raise BadRow(f"`{column}` is not a list of messages", place=place)
     turns = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
-            raise BadRow(f"message {number} is not an object", place=row.place)
+            raise BadRow(f"message {number} is not an object", place=place)
         role: Any = entry.get("role")
         role = "system" if role == "developer" else role  # harmony's developer message holds what others call the system text
         if role not in ("system", "user", "assistant"):
             hint = "tool calls are not available in this version" if role == "tool" else "system, user or assistant"
-            raise BadRow(f"message {number} has the unknown role {role!r}", place=row.place, hint=hint)
+            raise BadRow(f"message {number} has the unknown role {role!r}", place=place, hint=hint)
         if entry.get("tool_calls"):
-            raise BadRow(f"message {number} calls a tool", place=row.place, hint="tool calls are not available in this version")
-        content = _text(entry.get("content"), f"message {number} ({role})", row.place)
-        thinking = _reasoning(entry, number, row.place)
+            raise BadRow(f"message {number} calls a tool", place=place, hint="tool calls are not available in this version")
+        content = _text(entry.get("content"), f"message {number} ({role})", place)
+        thinking = _reasoning(entry, number, place)
         if thinking is not None and role != "assistant":
-            raise BadRow(f"message {number} has reasoning, but its role is {role}", place=row.place)
-        turns.append(_assistant(content, thinking, row.place) if role == "assistant" else Message(role, content))
+            raise BadRow(f"message {number} has reasoning, but its role is {role}", place=place)
+        turns.append(_assistant(content, thinking, place) if role == "assistant" else Message(role, content))
     return turns
+
+
+def _from_sharegpt(row: Row) -> list[Message]:
+    """`conversations` of {from, value}; entries of {role, content} under that name are read as messages."""
+    entries = row.columns.get("conversations")
+    if isinstance(entries, list):
+        entries = [
+            {"role": _SHAREGPT_ROLES.get(str(e["from"]), e["from"]), "content": e.get("value")} if isinstance(e, dict) and "from" in e else e
+            for e in entries
+        ]
+    turns = _messages(entries, "conversations", row.place)
+    return _system_text(row) + turns
+
+
+def _from_prompt_completion(row: Row) -> list[Message]:
+    """TRL's columns: two texts, or two lists of messages of which the second is the answer."""
+    prompt, completion = row.columns.get("prompt"), row.columns.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _messages(prompt, "prompt", row.place) + _messages(completion, "completion", row.place)
+    answer = _assistant(_text(completion, "`completion`", row.place), None, row.place)
+    return [Message("user", _text(prompt, "`prompt`", row.place)), answer]
+
+
+def _from_flat(row: Row) -> list[Message]:
+    """The columns of Multilingual-Thinking: developer, user, analysis, final."""
+    columns = row.columns
+    turns = []
+    if columns.get("developer") not in (None, ""):
+        turns.append(Message("system", _text(columns["developer"], "`developer`", row.place)))
+    turns.append(Message("user", _text(columns.get("user"), "`user`", row.place)))
+    analysis = columns.get("analysis")
+    thinking = None if analysis is None else _text(analysis, "`analysis`", row.place)
+    return [*turns, _assistant(_text(columns.get("final"), "`final`", row.place), thinking, row.place)]
+
+
+def _system_text(row: Row) -> list[Message]:
+    text = row.columns.get("system")
+    return [] if text in (None, "") else [Message("system", _text(text, "`system`", row.place))]
 
 
 def _reasoning(entry: dict[str, Any], number: int, place: str) -> str | None:
@@ -90,9 +156,7 @@ def _from_alpaca(row: Row) -> list[Message]:
     user = instruction
     if extra is not None and _text(extra, "`input`", row.place).strip():
         user = f"{instruction}\n{extra}"
-    turns = []
-    if columns.get("system") not in (None, ""):
-        turns.append(Message("system", _text(columns["system"], "`system`", row.place)))
+    turns = _system_text(row)
     history = columns.get("history")
     if history is not None and not isinstance(history, list):
         raise BadRow("`history` is not a list of [user, assistant] pairs", place=row.place)
