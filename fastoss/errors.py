@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-EXIT_DONE = 0
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving, the same command goes on

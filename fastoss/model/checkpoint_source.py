@@ -84,7 +84,7 @@ def checkpoint_form(config: dict[str, Any], source: str, precision: str, backend
 
     Raises `FastossError` where a library would load another precision than the recipe says, without a word.
     """
-    form = (config.get("quantization_config") or {}).get("quant_method") or "float"
+    form = _stored_form(config)
     place = f"model.precision = {precision}"
     if precision == "4bit" and form == "mxfp4":
         hint = 'set precision = "mxfp4", or name a checkpoint in bf16 or in 4 bits'
@@ -102,6 +102,8 @@ def checkpoint_form(config: dict[str, Any], source: str, precision: str, backend
 
 def native_precision(source: str) -> str:
     """The precision that a checkpoint can be loaded in as it is (for a chat with no recipe)."""
-    forms = {"mxfp4": "mxfp4", "bitsandbytes": "4bit"}
-    config = read_config(source)
-    return forms.get((config.get("quantization_config") or {}).get("quant_method") or "", "bf16")
+    return {"mxfp4": "mxfp4", "bitsandbytes": "4bit"}.get(_stored_form(read_config(source)), "bf16")
+
+
+def _stored_form(config: dict[str, Any]) -> str:
+    return (config.get("quantization_config") or {}).get("quant_method") or "float"

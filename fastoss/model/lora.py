@@ -77,20 +77,18 @@ def check_targets(model: Any, settings: LoraSettings, expert_layers: list[int]) 
         group = "attention" if layer[2] == "self_attn" else "experts"
         counts[group] += parameter.numel()
         reached[group].add(int(layer[1]))
-    for group, wanted in (("attention", set(range(layers))), ("experts", set(expert_layers))):
-        wanted = wanted if group in settings.targets else set()
+    hint = "this checkpoint's layout is not known to fastoss"
+    named = {"attention": set(range(layers)), "experts": set(expert_layers)}
+    for group, matrices in _matrices(model.config).items():
+        wanted = named[group] if group in settings.targets else set()
         if reached[group] != wanted:
             missing, extra = sorted(wanted - reached[group]), sorted(reached[group] - wanted)
             what = f"layers {missing} got none" if missing else f"layers {extra} got it unasked"
-            raise FastossError(f'LoRA on "{group}" did not reach what was named: {what}', hint="this checkpoint's layout is not known to fastoss")
-    for group, matrices in _matrices(model.config).items():
-        reached_layers = layers if group == "attention" else len(expert_layers)
-        expected = reached_layers * settings.r * sum(size_in + size_out for size_in, size_out in matrices) if group in settings.targets else 0
+            raise FastossError(f'LoRA on "{group}" did not reach what was named: {what}', hint=hint)
+        expected = len(wanted) * settings.r * sum(size_in + size_out for size_in, size_out in matrices)
         if counts[group] != expected:
-            fact = (
-                f'LoRA on "{group}" has {counts[group]:,} parameters, its {len(matrices)} matrices a layer make {expected:,}: some were not reached'
-            )
-            raise FastossError(fact, hint="this checkpoint's layout is not known to fastoss")
+            have = f"{counts[group]:,} parameters, its {len(matrices)} matrices a layer make {expected:,}"
+            raise FastossError(f'LoRA on "{group}" has {have}: some were not reached', hint=hint)
     return TrainableCounts(counts["attention"], counts["experts"], total)
 
 

@@ -26,7 +26,7 @@ from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
 from fastoss.model.head import chunked_cross_entropy_loss
 from fastoss.run import RunDirectory
-from fastoss.training.checkpoint import publish_checkpoint, writing_folder
+from fastoss.training.checkpoint import checkpoint_step, publish_checkpoint, writing_folder
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
 
 _BROKEN_HINT = (
@@ -96,6 +96,11 @@ class Training:
     layout: Layout
     stop: StopRequest
     total_steps: int
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return self.recipe.train.gradient_accumulation_steps * world_size()
 
 
 def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> SFTConfig:
@@ -174,8 +179,7 @@ class HarmonySFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **arguments: Any) -> Any:
         if resume_from_checkpoint is not None:
-            step = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
-            self._micro_batch = step * self.args.gradient_accumulation_steps
+            self._micro_batch = checkpoint_step(Path(resume_from_checkpoint)) * self.args.gradient_accumulation_steps
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -200,8 +204,7 @@ class HarmonySFTTrainer(SFTTrainer):
         raise RunFailed(f"{what} at step {step}; rows of the batch: {shown}", hint=_BROKEN_HINT)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        done = self.state.global_step * self.args.gradient_accumulation_steps * world_size()
-        self.state.epoch = self.training.schedule.epoch(done)
+        self.state.epoch = self.training.schedule.epoch(self.state.global_step * self.training.batches_per_step)
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -283,14 +286,14 @@ class _Cadence(TrainerCallback):
         has_eval = bool(training.eval_batches)
         control.should_evaluate = has_eval and ((last and training.recipe.eval.after) or (not last and step % training.recipe.eval.every == 0))
         stopping = training.stop.agreed(args.device)
-        control.should_save = last or stopping or self._is_save_step(step, args)
+        control.should_save = last or stopping or self._is_save_step(step)
         control.should_training_stop = last or stopping
 
-    def _is_save_step(self, step: int, args: Any) -> bool:
+    def _is_save_step(self, step: int) -> bool:
         every = self.training.recipe.checkpoint.every
         if every != "epoch":
             return step % every == 0
-        per_step = args.gradient_accumulation_steps * world_size()
+        per_step = self.training.batches_per_step
         return any((step - 1) * per_step < end <= step * per_step for end in self.training.schedule.epoch_ends)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -304,8 +307,7 @@ class _Cadence(TrainerCallback):
         now = time.monotonic()
         seconds_a_step = (now - self.started) / max(1, step - self.first_step)
         values: dict[str, Any] = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "entropy", "mean_token_accuracy") if key in logs}
-        per_step = args.gradient_accumulation_steps * world_size()
-        tokens = self.tokens[min(step * per_step, len(self.tokens) - 1 - training.schedule.fillers)]
+        tokens = self.tokens[min(step * training.batches_per_step, len(self.tokens) - 1 - training.schedule.fillers)]
         values["num_tokens"] = tokens
         training.metrics.write(step, values | {"epoch": state.epoch, "seconds": round(now - self.started, 3)})
         quiet_for = now - (self.last[0] or self.started)
