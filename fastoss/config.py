@@ -54,6 +54,25 @@ def _date(value: Any) -> Any:
 
 
 Date = Annotated[str, BeforeValidator(_date)]
+CHANNELS = ("analysis", "commentary", "final")
+
+
+def _channel_weights(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        if len(set(map(str, value))) < len(value):
+            raise ValueError("names a channel twice")
+        value = dict.fromkeys(value, 1.0)
+    if not isinstance(value, dict) or not value:
+        raise ValueError('should be a list of channels, such as ["analysis", "final"], or weights, such as { analysis = 0.5, final = 1.0 }')
+    unknown = [channel for channel in value if channel not in CHANNELS]
+    if unknown:
+        raise ValueError(f"names the unknown channel {unknown[0]!r}; the channels are {', '.join(CHANNELS)}")
+    if not all(type(weight) in (int, float) and 0 < weight < float("inf") for weight in value.values()):
+        raise ValueError("gives a weight that is not above 0; leave the channel out to train none of it")
+    return {channel: float(value[channel]) for channel in CHANNELS if channel in value}
+
+
+ChannelWeights = Annotated[dict[Literal["analysis", "commentary", "final"], float], BeforeValidator(_channel_weights)]
 
 
 class _Section(BaseModel):
@@ -85,13 +104,20 @@ class LoraSettings(_Section):
 class DataSource(_Section):
     """One source of rows. Paths are relative to the recipe."""
 
-    source: str = Field(min_length=1, description="a .jsonl, .json, .csv or .parquet file (or packed as .gz or .zst), a folder or a glob")
+    source: str = Field(
+        min_length=1, description="a .jsonl, .json, .csv or .parquet file (or packed as .gz or .zst), a folder, a glob, hf:NAME or modelscope:NAME"
+    )
     split: str = Field("train", description="split of a hub data set; a local file has none")
+    subset: str | None = Field(None, description="subset (configuration) of a hub data set")
+    revision: str | None = Field(None, description="commit, branch or tag of a hub data set; the commit read is kept in the manifest")
     sample: str | None = Field(None, description="what --sample reads in place of the source")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "flat"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "flat", "harmony"] = Field(
         "auto", description="auto: told from the columns of each row"
     )
+    columns: dict[str, str] = Field({}, description="our column name = the file's, such as { instruction = \"question\" }")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often each row is seen in an epoch; 0.5: every other epoch")
     max_rows: int | None = Field(None, ge=1, description="only the first so many rows")
+    cache: bool = Field(True, description="false: read and tokenise anew")
 
 
 class Identity(_Section):
@@ -106,8 +132,9 @@ class FormatSettings(_Section):
 
     reasoning_effort: Effort = "medium"
     current_date: Date = Field("2026-01-01", description="pinned, so that training and inference see the same date")
-    train_on: Annotated[tuple[Literal["analysis", "final"], ...], BeforeValidator(_as_tuple)] = Field(
-        ("analysis", "final"), min_length=1, description="channels that carry loss"
+    train_on: ChannelWeights = Field(
+        {"analysis": 1.0, "commentary": 1.0, "final": 1.0},
+        description="channels that carry loss, or their weights: { analysis = 0.5, final = 1.0 }; commentary is the channel of tool calls",
     )
     turns: Literal["all", "last"] = Field("all", description="which assistant turns are trained, each as its own example")
     identity: Identity | None = None
@@ -116,16 +143,20 @@ class FormatSettings(_Section):
 class Hygiene(_Section):
     """What happens to rows that are not fit to learn from."""
 
-    malformed: Literal["error", "drop"] = "error"
+    malformed: Literal["error", "drop"] = Field("error", description="bad JSON, role, order, null, control tokens, empty answer")
+    mojibake: Literal["error", "drop", "keep", "repair"] = Field("error", description="UTF-8 read as Latin-1 (ä½\xa0å¥½ for 你好)")
+    empty_reasoning: Literal["keep", "drop", "error"] = Field("keep", description="keep: read as an answer without reasoning")
     over_length: Literal["drop", "truncate_left_turns", "error"] = "drop"
     duplicates: Literal["keep", "drop", "error"] = "keep"
-    leakage: Literal["error"] = Field("error", description="a train row that stands in eval; the split by content hash allows none")
+    near_duplicates: Literal["keep", "drop", "error"] = Field("keep", description="alike but for case, spaces and punctuation")
+    leakage: Literal["error", "drop", "keep"] = Field("error", description="a training row that stands in [[eval.data]]")
 
 
 class EvalSettings(_Section):
     """The held-out part of the data."""
 
-    fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows, chosen by content hash")
+    fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows, chosen by content hash; with [[eval.data]] there is none")
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_tuple)] = Field((), description="sources of their own for evaluation, in place of a share of the rows")
     every: int = Field(50, ge=1, description="steps between evaluations")
     after: bool = Field(True, description="evaluate once more after the last step")
 
@@ -290,5 +321,12 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         changes["tokens_per_batch"] = TOKENS_PER_BATCH
     if train.lr_scheduler_kwargs is None:
         changes["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1} if train.lr_scheduler_type == "cosine_with_min_lr" else {}
-    data = tuple(d.model_copy(update={"source": absolute(d.source), "sample": absolute(d.sample)}) for d in recipe.data)
-    return recipe.model_copy(update={"train": train.model_copy(update=changes), "data": data})
+
+    def located(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        return tuple(d.model_copy(update={"source": absolute(d.source), "sample": absolute(d.sample)}) for d in sources)
+
+    eval_changes: dict[str, Any] = {"data": located(recipe.eval.data)}
+    if recipe.eval.data and "fraction" not in recipe.eval.model_fields_set:
+        eval_changes["fraction"] = 0.0
+    changed = {"train": train.model_copy(update=changes), "eval": recipe.eval.model_copy(update=eval_changes), "data": located(recipe.data)}
+    return recipe.model_copy(update=changed)

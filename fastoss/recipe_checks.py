@@ -11,7 +11,7 @@ from fastoss.errors import FastossError
 from fastoss.recipe_errors import RecipeSource
 
 if TYPE_CHECKING:
-    from fastoss.config import Recipe
+    from fastoss.config import DataSource, Recipe
 
 TOKENS_PER_BATCH = 16384  # where the recipe names neither tokens nor rows of a batch
 
@@ -63,8 +63,6 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     if layers and lora.expert_layers != "all" and max(lora.expert_layers) >= layers:
         fact = f"`expert_layers` names layer {max(lora.expert_layers)}, {recipe.model.name} has {layers}"
         refuse(("lora", "expert_layers"), fact, f"the layers are 0 to {layers - 1}")
-    if len(set(recipe.format.train_on)) != len(recipe.format.train_on):
-        refuse(("format", "train_on"), "a channel is named twice")
 
     if train.tokens_per_batch is not None and train.per_device_train_batch_size is not None:
         hint = "keep one: tokens_per_batch fills batches by tokens, per_device_train_batch_size by rows"
@@ -84,15 +82,27 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     if needs_floor and not {"min_lr", "min_lr_rate"} & set(train.lr_scheduler_kwargs or {}):
         refuse(("train", "lr_scheduler_kwargs"), "cosine_with_min_lr needs min_lr or min_lr_rate", "{ min_lr_rate = 0.1 }")
 
-    for number, data in enumerate(recipe.data):
-        if data.split != "train" and not data.source.startswith(("hf:", "modelscope:")):
-            refuse(("data", str(number), "split"), "a local file has no splits", "remove `split`, or name the file of that split")
-        hub = data.source.partition(":")[0] if data.source.startswith(("hf:", "modelscope:")) else None
-        if hub and data.sample is None:
-            hint = "download it as JSONL and name the file, or give `sample`"
-            refuse(("data", str(number), "source"), f"`{hub}:` sources are not available in this version", hint)
+    for section, sources in ((("data",), recipe.data), (("eval", "data"), recipe.eval.data)):
+        for number, data in enumerate(sources):
+            _check_source(data, (*section, str(number)), refuse)
+    for number, data in enumerate(recipe.eval.data):
+        if data.weight != 1.0:
+            refuse(("eval", "data", str(number), "weight"), "`weight` is for training: each held-out row counts once", "remove it")
+    if recipe.eval.data and recipe.eval.fraction:
+        hint = "keep one: rows of their own, or a share of the training rows"
+        refuse(("eval", "fraction"), "`eval.fraction` and `[[eval.data]]` contradict each other", hint)
     if recipe.hub.repo is not None and not recipe.hub.push:
         refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
+
+
+def _check_source(data: DataSource, key: tuple[str, ...], refuse: Any) -> None:
+    hub = data.source.startswith(("hf:", "modelscope:"))
+    for name, standard in (("split", "train"), ("subset", None), ("revision", None)):
+        if not hub and getattr(data, name) != standard:
+            hint = "remove `split`, or name the file of that split" if name == "split" else f"remove `{name}`"
+            refuse((*key, name), f"a local file has no {name}s", hint)
+    if hub and not data.source.partition(":")[2].strip():
+        refuse((*key, "source"), f"`{data.source}` names no data set", "for example hf:HuggingFaceH4/Multilingual-Thinking")
 
 
 def _layers(name: str) -> int | None:
