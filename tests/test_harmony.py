@@ -81,7 +81,7 @@ def test_tokenizer_is_the_published_one():
     names = {END_OF_TEXT: "endoftext", RETURN: "return", CONSTRAIN: "constrain", CHANNEL: "channel", START: "start", END: "end"}
     names |= {MESSAGE: "message", CALL: "call"}
     for token_id, name in names.items():
-        assert tok.load_tokenizer().id_to_token(token_id) == f"<|{name}|>"
+        assert tok.decode([token_id]) == f"<|{name}|>"
 
 
 def test_damaged_tokenizer_in_the_cache_is_built_again(tmp_path, monkeypatch):
@@ -91,15 +91,22 @@ def test_damaged_tokenizer_in_the_cache_is_built_again(tmp_path, monkeypatch):
     assert hashlib.sha256(tok.tokenizer_file().read_bytes()).hexdigest() == tok.TOKENIZER_SHA256
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_tokens_spell_their_text(text):
-    tokenizer = tok.load_tokenizer()
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert b"".join(tok.token_bytes(tokenizer, i) for i in ids).decode() == text
+    ids = tok.encode(text)
+    assert b"".join(map(tok.token_bytes, ids)).decode() == text
+    # The tokenizer.json that other libraries read gives the same.
+    assert _control_tokenizer(content=True).encode(text, add_special_tokens=False).ids == ids
+
+
+def test_a_million_spaces_are_encoded():
+    ids = tok.encode("a" + " " * 1_000_000 + "b")
+    assert tok.decode(ids) == "a" + " " * 1_000_000 + "b"
 
 
 def test_ids_beyond_the_tokenizer_are_empty():
-    assert tok.token_bytes(tok.load_tokenizer(), 201_000) == b""
+    assert tok.token_bytes(201_000) == b""
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
@@ -160,8 +167,8 @@ def test_labels_of_three_turns_id_by_id(renderer):
             Message("user", "f"), Message("assistant", "g", "h"),
         )
     )  # fmt: skip
-    user, assistant, final, analysis = (renderer._text(word) for word in ("user", "assistant", "final", "analysis"))
-    a, b, c, d, e, f, g, h = (renderer._text(letter) for letter in "abcdefgh")
+    user, assistant, final, analysis = (tok.encode(word) for word in ("user", "assistant", "final", "analysis"))
+    a, b, c, d, e, f, g, h = (tok.encode(letter) for letter in "abcdefgh")
     system = renderer.render_prompt(())[: -len([START, *assistant])]
     ask = lambda text: [START, *user, MESSAGE, *text, END]  # noqa: E731
     said = lambda text: [START, *assistant, CHANNEL, *final, MESSAGE, *text, END]  # noqa: E731
@@ -187,7 +194,7 @@ def test_one_channel_alone(train_on, trains):
     renderer = HarmonyRenderer(FormatSettings(train_on=train_on))
     example = renderer.render_examples(Conversation((Message("user", "q"), Message("assistant", "answer", "thought"))))[0]
     trained = [i for i in example.labels if i != IGNORE]
-    text = tok.load_tokenizer().decode(trained, skip_special_tokens=False)
+    text = tok.decode(trained)
     expected = {
         "final": "<|start|>assistant<|channel|>final<|message|>answer<|return|>",
         "analysis": "<|channel|>analysis<|message|>thought<|end|>",
@@ -204,7 +211,7 @@ def test_last_turn_only():
 
 def test_effort_and_date_are_in_the_prompt():
     renderer = HarmonyRenderer(FormatSettings(current_date="2025-05-05", reasoning_effort="low"))
-    text = tok.load_tokenizer().decode(renderer.render_prompt([Message("user", "x")]), skip_special_tokens=False)
+    text = tok.decode(renderer.render_prompt([Message("user", "x")]))
     assert "Current date: 2025-05-05\n" in text
     assert "Reasoning: low\n" in text
 
@@ -215,7 +222,7 @@ def test_control_tokens_in_content_stay_text(renderer):
     clean = renderer.render_prompt([Message("user", "x")])
     special = lambda some: [i for i in some if i >= 199998]  # noqa: E731
     assert special(ids) == special(clean)
-    assert attack in tok.load_tokenizer().decode(ids, skip_special_tokens=False)
+    assert attack in tok.decode(ids)
 
 
 # --- promise 1: supervised = sampled, over every shipped row ------------------------------------------------------------
@@ -264,10 +271,12 @@ def test_any_unicode_prefix_parse_and_labels(turns, system):
 
 
 @functools.cache
-def _control_tokenizer():
+def _control_tokenizer(content: bool = False):
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(tok.tokenizer_file()))
+    tokenizer = Tokenizer.from_file(str(tok.tokenizer_file()))
+    tokenizer.encode_special_tokens = content
+    return tokenizer
 
 
 def ids_of(text: str) -> list[int]:
@@ -289,7 +298,7 @@ def ids_of(text: str) -> list[int]:
         ("<|channel|>final<|message|>a<|message|>b<|return|>", None, "ab", "a control token within a message"),
         ("", None, "", "no answer"),
         ("<|return|>", None, "", "no answer"),
-        ("<|channel|>commentary to=functions.x <|constrain|>json<|message|>{}<|call|>", None, "", "no answer"),
+        ("<|channel|>commentary to=functions.x <|constrain|>json<|message|>{}<|call|>", None, "", None),
     ],
 )
 def test_parsing(reply, thinking, content, problem):

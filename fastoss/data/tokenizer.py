@@ -1,7 +1,8 @@
-"""OpenAI's own gpt-oss tokenizer, built offline from its ranks with the `tokenizers` library alone.
+"""OpenAI's own gpt-oss tokenizer, built offline from its ranks.
 
-The ranks (`o200k_base.tiktoken`, packed) travel in the package. Out of them comes the very `tokenizer.json` that
-openai/gpt-oss-20b publishes, proven by its sha256, kept in the cache.
+The ranks (`o200k_base.tiktoken`, packed) travel in the package. OpenAI's tiktoken encodes with them: three to five times
+as fast as the `tokenizers` library, with the same result. Out of the same ranks comes the very `tokenizer.json` that
+openai/gpt-oss-20b publishes, proven by its sha256, for the libraries that want that file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import base64
 import functools
 import hashlib
 import lzma
+import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +21,7 @@ from fastoss.errors import FastossError
 from fastoss.run import cache_folder, file_lock, write_whole
 
 if TYPE_CHECKING:
+    from tiktoken import Encoding
     from tokenizers import Tokenizer
 
 TOKENIZER_SHA256 = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
@@ -49,9 +53,41 @@ _PATTERN = "|".join(
 )
 
 
+# tiktoken's regular expressions panic on about a million spaces in a row; `tokenizers` encodes such texts as well.
+_LONG_SPACE = re.compile(r"\s{50000}")
+
+
+def encode(text: str) -> list[int]:
+    """Ids of ordinary text: `<|end|>` in it never becomes a control token."""
+    if len(text) > 50_000 and _LONG_SPACE.search(text):
+        ids: list[int] = _slow_tokenizer().encode(text, add_special_tokens=False).ids
+        return ids
+    return _encoding().encode_ordinary(text)
+
+
+def decode(ids: Iterable[int]) -> str:
+    """Text of ids, control tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+    return b"".join(map(token_bytes, ids)).decode("utf-8", "replace")
+
+
+def token_bytes(token_id: int) -> bytes:
+    """The bytes of one token; empty for ids that the model knows and the tokenizer does not (200,019 and up)."""
+    try:
+        return _encoding().decode_single_token_bytes(token_id)
+    except KeyError:
+        return b""
+
+
 @functools.cache
-def load_tokenizer() -> Tokenizer:
-    """The gpt-oss tokenizer. Text is encoded as ordinary text: `<|end|>` in a message never becomes a control token."""
+def _encoding() -> Encoding:
+    from tiktoken import Encoding
+
+    special = {SPECIAL.get(id, f"<|reserved_{id}|>"): id for id in range(199998, 200019)}
+    return Encoding("o200k_harmony", pat_str=_PATTERN, mergeable_ranks=_ranks(), special_tokens=special)
+
+
+@functools.cache
+def _slow_tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file()))
@@ -117,26 +153,9 @@ def _ranks() -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in plain.splitlines())}
 
 
-@functools.cache
 def _byte_letters() -> dict[int, str]:
     """The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for letters from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]
     return letters | {byte: chr(256 + index) for index, byte in enumerate(others)}
-
-
-@functools.cache
-def _letter_bytes() -> dict[str, int]:
-    return {letter: byte for byte, letter in _byte_letters().items()}
-
-
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes of one ordinary token; empty for ids that the model knows and the tokenizer does not (200,019 and up)."""
-    spelled = tokenizer.id_to_token(token_id)
-    if spelled is None:
-        return b""
-    if token_id >= 199998:
-        return spelled.encode()
-    table = _letter_bytes()
-    return bytes(table[letter] for letter in spelled)

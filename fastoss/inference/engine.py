@@ -69,7 +69,7 @@ class Engine:
         """Answer a chat, piece by piece as it is sampled. Stops sampling when the caller stops listening."""
         sampling = sampling or Sampling()
         prompt = self.renderer.render_prompt(messages, reasoning_effort)
-        parser = CompletionParser(self.renderer.tokenizer)
+        parser = CompletionParser()
         self.problems = parser.problems
         for token in self._sample(prompt, sampling):
             delta = parser.feed(token)
@@ -95,7 +95,7 @@ class Engine:
             torch.manual_seed(sampling.seed)
         with torch.no_grad():
             output = self.model.generate(input_ids=ids, attention_mask=mask, **sampling.generate_arguments())
-        return [parse_completion(_until_stop(row), self.renderer.tokenizer) for row in output[:, width:].tolist()]
+        return [parse_completion(_until_stop(row)) for row in output[:, width:].tolist()]
 
     def _sample(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
         """Token ids as `generate` chooses them, in a thread of its own; the generator's end ends the thread."""
