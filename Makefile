@@ -12,7 +12,7 @@ quickstart: .venv/base.done  ## train the tiny model on the shipped sample, show
 	$(BIN)/fastoss train recipes/quickstart.toml --no-resume --overwrite
 	@echo "fastoss is in $(BIN): . $(BIN)/activate"
 
-test: .venv/test.done lint  ## everything CI runs
+test: .venv/test.done .venv/chromium.done lint  ## everything CI runs
 	$(BIN)/python -m pytest
 
 lint: .venv/test.done  ## style, import directions, types
@@ -48,3 +48,7 @@ clean:
 	$(PIP) -c constraints.txt "$(TORCH_CPU)" -e ".[test,dev]"
 	$(PIP) --no-deps $(UNSLOTH_CPU)
 	touch .venv/base.done $@
+
+# A browser for the tests of HTML pages, without root; where none can be had, those tests are skipped and say so.
+.venv/chromium.done: .venv/test.done tests/fetch_chromium.py
+	$(BIN)/python -m tests.fetch_chromium && touch $@ || echo "no browser: the tests of HTML pages will be skipped"
