@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -84,15 +85,39 @@ def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bo
 
 
 @app.command()
-def check(recipe: RecipePath, set: Overrides = None, sample: UseSample = False) -> None:
+def check(
+    recipe: RecipePath,
+    set: Overrides = None,
+    sample: UseSample = False,
+    template: Annotated[
+        bool, typer.Option("--template", help="Compare our rendering with the model's chat template and openai-harmony, token by token.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+) -> None:
     """Check recipe and data without loading a model."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
+    from fastoss.data.overview import compare_templates, overview_lines, overview_plain
 
-    resolved = load_recipe(recipe, set or ())
-    for line in build_dataset(resolved, sample=sample).report.lines():
+    try:
+        resolved = load_recipe(recipe, set or ())
+        dataset = build_dataset(resolved, sample=sample, progress=_progress)
+        compared = compare_templates(dataset, resolved) if template else None
+    except FastossError as error:
+        if json_:
+            typer.echo(json.dumps({"recipe": str(recipe), "ok": False, "error": error.to_plain()}, indent=2, ensure_ascii=False))
+        raise
+    if json_:
+        verdict = overview_plain(dataset, resolved, str(recipe)) | ({"template": compared.to_plain()} if compared else {})
+        typer.echo(json.dumps(verdict, indent=2, ensure_ascii=False))
+        return
+    for line in [*overview_lines(dataset, resolved), *(compared.lines() if compared else [])]:
         typer.echo(line)
     typer.echo(f"{recipe} is fine")
+
+
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 @app.command()
@@ -101,13 +126,22 @@ def show(
     set: Overrides = None,
     sample: UseSample = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="How many training examples to show.")] = 3,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write all of it as one page for the browser.")] = None,
 ) -> None:
     """Show the very tokens and labels that are trained."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
+
+    resolved = load_recipe(recipe, set or ())
+    dataset = build_dataset(resolved, sample=sample, progress=_progress)
+    if html is not None:
+        from fastoss.data.overview import write_page
+
+        write_page(html, dataset, resolved, str(recipe))
+        typer.echo(f"wrote {html}: open it in a browser", err=True)
+        return
     from fastoss.data.show import example_lines
 
-    dataset = build_dataset(load_recipe(recipe, set or ()), sample=sample)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for example in dataset.train[:rows]:
         for line in example_lines(example, colour=colour):

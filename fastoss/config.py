@@ -47,6 +47,8 @@ Effort = Literal["low", "medium", "high"]
 
 
 def _date(value: Any) -> Any:
+    if type(value) is datetime.date:  # TOML's own dates, written without quotes
+        return value.isoformat()
     try:
         return datetime.date.fromisoformat(value).isoformat()
     except (TypeError, ValueError):
@@ -67,12 +69,14 @@ def _channel_weights(value: Any) -> Any:
     unknown = [channel for channel in value if channel not in CHANNELS]
     if unknown:
         raise ValueError(f"names the unknown channel {unknown[0]!r}; the channels are {', '.join(CHANNELS)}")
-    if not all(type(weight) in (int, float) and 0 < weight < float("inf") for weight in value.values()):
-        raise ValueError("gives a weight that is not above 0; leave the channel out to train none of it")
+    if not all(type(weight) in (int, float) and 0 <= weight < float("inf") for weight in value.values()):
+        raise ValueError("gives a weight that is not a number from 0 up")
+    if not any(value.values()):
+        raise ValueError("trains no channel: give one of them a weight above 0")
     return {channel: float(value[channel]) for channel in CHANNELS if channel in value}
 
 
-ChannelWeights = Annotated[dict[Literal["analysis", "commentary", "final"], float], BeforeValidator(_channel_weights)]
+ChannelWeights = Annotated[dict[str, float], BeforeValidator(_channel_weights)]
 
 
 class _Section(BaseModel):
@@ -114,7 +118,7 @@ class DataSource(_Section):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "flat", "harmony"] = Field(
         "auto", description="auto: told from the columns of each row"
     )
-    columns: dict[str, str] = Field({}, description="our column name = the file's, such as { instruction = \"question\" }")
+    columns: dict[str, str] = Field({}, description='our column name = the file\'s, such as { instruction = "question" }')
     weight: float = Field(1.0, gt=0, le=1000, description="how often each row is seen in an epoch; 0.5: every other epoch")
     max_rows: int | None = Field(None, ge=1, description="only the first so many rows")
     cache: bool = Field(True, description="false: read and tokenise anew")
@@ -156,7 +160,9 @@ class EvalSettings(_Section):
     """The held-out part of the data."""
 
     fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows, chosen by content hash; with [[eval.data]] there is none")
-    data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_tuple)] = Field((), description="sources of their own for evaluation, in place of a share of the rows")
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_tuple)] = Field(
+        (), description="sources of their own for evaluation, in place of a share of the rows"
+    )
     every: int = Field(50, ge=1, description="steps between evaluations")
     after: bool = Field(True, description="evaluate once more after the last step")
 

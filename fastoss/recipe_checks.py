@@ -88,7 +88,7 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     for number, data in enumerate(recipe.eval.data):
         if data.weight != 1.0:
             refuse(("eval", "data", str(number), "weight"), "`weight` is for training: each held-out row counts once", "remove it")
-    if recipe.eval.data and recipe.eval.fraction:
+    if recipe.eval.data and recipe.eval.fraction and "fraction" in recipe.eval.model_fields_set:
         hint = "keep one: rows of their own, or a share of the training rows"
         refuse(("eval", "fraction"), "`eval.fraction` and `[[eval.data]]` contradict each other", hint)
     if recipe.hub.repo is not None and not recipe.hub.push:

@@ -33,7 +33,8 @@ def test_defaults_and_paths(tmp_path):
     assert recipe.train.tokens_per_batch == 16384
     assert recipe.train.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert recipe.data[0].source == str(tmp_path / "a.jsonl")
-    assert recipe.format.train_on == ("analysis", "final")
+    assert recipe.format.train_on == {"analysis": 1.0, "commentary": 1.0, "final": 1.0}
+    assert load(tmp_path, BASE + '[format]\ntrain_on = { final = 2 }\ncurrent_date = 2026-02-03\n').format.train_on == {"final": 2.0}
 
 
 def test_precedence(tmp_path):
@@ -59,7 +60,7 @@ def test_resolved_recipe_comes_back(tmp_path):
     [
         (BASE + "[train]\nlearning_rte = 1e-4\n", (), "error: r.toml:7: unknown key `train.learning_rte`\nhint: did you mean `learning_rate`?"),
         (BASE + "[trian]\nseed = 1\n", (), "error: r.toml:6: unknown key `trian`\nhint: did you mean `train`?"),
-        (BASE + "colour = 1\n", (), "error: r.toml:6: unknown key `data.0.colour`\nhint: known here: source, split, sample, format, max_rows"),
+        (BASE + "color_space = 1\n", (), "error: r.toml:6: unknown key `data.0.color_space`\nhint: known here: source, split, subset, revision"),
         (BASE + '[train]\nlearning_rate = "1e-4"\n', (), 'error: r.toml:7: `train.learning_rate`: should be a valid number, not "1e-4"'),
         (BASE + "[train]\nseed = true\n", (), "error: r.toml:7: `train.seed`: should be a whole number, not true"),
         (BASE + "[train]\nnum_train_epochs = 0\n", (), "error: r.toml:7: `train.num_train_epochs`: should be greater than 0, not 0"),
@@ -116,7 +117,14 @@ def test_resolved_recipe_comes_back(tmp_path):
             ("model.name=openai/gpt-oss-20b", "model.backend=transformers", "model.precision=mxfp4"),
             "transformers cannot train on packed MXFP4 weights",
         ),
-        (BASE.replace("a.jsonl", "hf:some/set"), (), "error: r.toml:5: `hf:` sources are not available in this version"),
+        (BASE.replace("a.jsonl", "hf:"), (), "error: r.toml:5: `hf:` names no data set"),
+        (BASE + 'revision = "main"\n', (), "error: r.toml:6: a local file has no revisions"),
+        (BASE + "weight = 0\n", (), "error: r.toml:6: `data.0.weight`: should be greater than 0, not 0"),
+        (BASE + '[[eval.data]]\nsource = "b.jsonl"\nweight = 2\n', (), "error: r.toml:8: `weight` is for training: each held-out row counts once"),
+        (BASE + '[format]\ntrain_on = ["thinking"]\n', (), "error: r.toml:7: `format.train_on`: names the unknown channel 'thinking'"),
+        (BASE + '[format]\ntrain_on = ["final", "final"]\n', (), "error: r.toml:7: `format.train_on`: names a channel twice"),
+        (BASE + "[format]\ntrain_on = { final = -1 }\n", (), "error: r.toml:7: `format.train_on`: gives a weight that is not a number from 0 up"),
+        (BASE + "[format]\ntrain_on = { final = 0 }\n", (), "error: r.toml:7: `format.train_on`: trains no channel"),
     ],
 )
 def test_mistakes(tmp_path, text, overrides, expected):

@@ -8,9 +8,9 @@ import torch
 from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.harmony import HarmonyRenderer
-from fastoss.data.packing import collate
+from fastoss.data.packing import LOSS_MARKS, collate
 from fastoss.model.backend import attach_lora, load_model, plan_model
-from fastoss.model.head import chunked_cross_entropy_loss
+from fastoss.model.head import TrainedTokenLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -21,7 +21,7 @@ def test_head_on_the_gpu_equals_a_float64_reference():
     weight = torch.randn(201_088, 64, device="cuda") * 0.5
     labels = torch.randint(0, 201_088, (1, 700), device="cuda")
     labels[:, ::2] = -100
-    loss, _, _, count = chunked_cross_entropy_loss(hidden, weight, labels=labels)
+    loss, _, _, count = TrainedTokenLoss().chunked(hidden, weight, labels=labels)
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
     reference = torch.nn.functional.cross_entropy((exact[0, :-1] @ weight.double().t()), labels[0, 1:], ignore_index=-100)
@@ -40,7 +40,7 @@ def test_packed_documents_stay_apart_on_the_gpu():
     examples = [renderer.render_examples(Conversation(chat))[0] for chat in chats]
 
     def hidden(some):
-        batch = {key: value.cuda() for key, value in collate(some, "packed").items() if key != "labels"}
+        batch = {key: value.cuda() for key, value in collate(some, "packed").items() if key not in LOSS_MARKS}
         return model.get_base_model().model(**batch, use_cache=False).last_hidden_state[0]
 
     with torch.no_grad():

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.harmony import IGNORE, HarmonyRenderer
-from fastoss.data.packing import collate
+from fastoss.data.packing import LOSS_MARKS, collate
 from fastoss.errors import FastossError
 from fastoss.model import lora as lora_file
 from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
-from fastoss.model.head import chunked_cross_entropy_loss
+from fastoss.model.head import TrainedTokenLoss
 from fastoss.model.tiny import build_tiny_model, tiny_model_folder
 
 from .conftest import ROWS
@@ -70,9 +70,11 @@ def by_hand(model, example) -> tuple[torch.Tensor, int]:
 def trained_loss(model, batch) -> torch.Tensor:
     """The loss as training computes it: hidden states, then the head on trained tokens."""
     base = model.get_base_model()
-    arguments = {key: value for key, value in batch.items() if key != "labels"}
+    arguments = {key: value for key, value in batch.items() if key not in LOSS_MARKS}
     hidden = base.model(**arguments, use_cache=False).last_hidden_state
-    return chunked_cross_entropy_loss(hidden, base.lm_head.weight, labels=batch["labels"])[0]
+    token_loss = TrainedTokenLoss()
+    token_loss.mark(batch["loss_weights"], batch["channels"])
+    return token_loss.chunked(hidden, base.lm_head.weight, labels=batch["labels"])[0]
 
 
 def test_tiny_model_is_the_same_each_time(tmp_path):
@@ -150,7 +152,7 @@ def test_head_equals_trls_own():
     labels[:, ::3] = IGNORE
     assert _chunked_cross_entropy_loss.__module__.startswith("trl."), "a trainer made before this test has put ours there"
     results = []
-    for function in (chunked_cross_entropy_loss, _chunked_cross_entropy_loss):
+    for function in (TrainedTokenLoss().chunked, _chunked_cross_entropy_loss):
         hidden = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for items in (None, 77):
             loss, correct, entropy, count = function(hidden, weight, 16, labels=labels, num_items_in_batch=items)
@@ -160,9 +162,35 @@ def test_head_equals_trls_own():
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-4, atol=1e-5)
 
 
+def test_head_weighs_tokens_and_watches_channels():
+    torch.manual_seed(0)
+    weight, labels = torch.randn(500, 16), torch.randint(0, 500, (2, 40))
+    labels[:, :10] = IGNORE
+    weights, channels = torch.rand(2, 40), torch.randint(1, 4, (2, 40), dtype=torch.uint8)
+    token_loss = TrainedTokenLoss()
+    gradients = []
+    for ours in (True, False):
+        hidden = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        trained = labels[:, 1:] != IGNORE
+        each = F.cross_entropy((hidden[:, :-1] @ weight.t())[trained], labels[:, 1:][trained], reduction="none")
+        scale = weights[:, 1:][trained]
+        expected = (each * scale).sum() / scale.sum()
+        token_loss.mark(weights, channels)
+        loss = token_loss.chunked(hidden, weight, 7, labels=labels)[0] if ours else expected
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        loss.backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    sums = token_loss.take_sums()
+    for channel in (1, 2, 3):
+        here = channels[:, 1:][trained] == channel
+        torch.testing.assert_close(sums[channel], torch.stack([each[here].double().sum(), here.sum().double()]), rtol=1e-5, atol=1e-5)
+    assert token_loss.take_sums().sum() == 0
+
+
 def test_head_with_nothing_to_train_is_zero():
     hidden = torch.randn(1, 4, 8, requires_grad=True)
-    loss, *_ = chunked_cross_entropy_loss(hidden, torch.randn(10, 8), labels=torch.full((1, 4), IGNORE))
+    loss, *_ = TrainedTokenLoss().chunked(hidden, torch.randn(10, 8), labels=torch.full((1, 4), IGNORE))
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.abs().sum() == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastoss.config import FormatSettings
+from fastoss.config import CHANNELS, FormatSettings
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.harmony import IGNORE, HarmonyRenderer
 from fastoss.data.packing import BatchRule, collate, fill_batches, plan_schedule
@@ -47,11 +48,61 @@ def test_epochs_have_their_own_order_from_the_seed(rule):
     assert first != second
 
 
-def test_packing_fills():
+def chat_lengths(count):
     rng = random.Random(0)
-    lengths = [min(4096, max(16, round(rng.lognormvariate(6.4, 0.8)))) for _ in range(3000)]
-    batches = fill_batches(range(len(lengths)), lengths, BatchRule("packed", tokens=16384))
-    assert sum(lengths) / (16384 * (len(batches) - 1)) >= 0.98
+    return [min(4096, max(16, round(rng.lognormvariate(6.4, 0.8)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("budget", [4096, 8192, 16384])
+def test_packing_fills(budget):
+    lengths = chat_lengths(3000)
+    batches = fill_batches(range(len(lengths)), lengths, BatchRule("packed", tokens=budget))
+    assert sum(lengths) / (budget * len(batches)) >= 0.98
+
+
+def test_a_million_lengths_are_packed_in_seconds():
+    lengths = chat_lengths(1_000_000)
+    begun = time.process_time()
+    plan = schedule(lengths, BatchRule("packed", tokens=16384), epochs=1, batches_per_step=8, ranks=8)
+    assert time.process_time() - begun < 10
+    assert sum(map(len, plan.batches)) == 1_000_000 + plan.fillers
+
+
+def test_ranks_get_batches_of_like_cost():
+    rng = random.Random(1)
+    lengths = [rng.choice([100, 200, 400]) for _ in range(30_000)] + [30_000] * 200
+    rng.shuffle(lengths)
+    plan = schedule(lengths, BatchRule("packed", tokens=32_768), epochs=1, batches_per_step=4, ranks=4)
+
+    def spread(batches):
+        costs = [sum(lengths[i] ** 2 for i in members) for members in batches]
+        steps = [costs[i : i + 4] for i in range(0, len(costs) - 4, 4)]
+        return sum(max(step) - min(step) for step in steps) / sum(max(step) for step in steps)
+
+    shuffled = list(plan.batches)
+    rng.shuffle(shuffled)
+    assert spread(plan.batches) < 0.05 < spread(shuffled)
+
+
+def test_what_a_step_holds_hangs_not_on_the_ranks():
+    lengths = chat_lengths(500)
+    rule = BatchRule("packed", tokens=4096)
+    one, four = (schedule(lengths, rule, batches_per_step=4, ranks=ranks) for ranks in (1, 4))
+    assert one.batches == four.batches[: len(one.batches)]
+
+
+def test_weights_of_sources():
+    rule = BatchRule("padded", rows=1)
+    weights = [1.0] * 4 + [2.0] * 3 + [0.25] * 8
+    plan = schedule([10] * 15, rule, epochs=4, weights=weights)
+    epochs = [plan.batches[a:b] for a, b in zip([0, *plan.epoch_ends], plan.epoch_ends, strict=False)]
+    assert len(epochs) == 4
+    for epoch in epochs:
+        seen = sorted(members[0] for members in epoch)
+        assert [i for i in seen if i < 7] == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
+        assert len(seen) == 12
+    # A quarter of them each epoch: over four epochs each exactly once.
+    assert sorted(i for epoch in epochs for (i,) in epoch if i >= 7) == list(range(7, 15))
 
 
 def test_too_long_for_the_budget():
@@ -89,6 +140,9 @@ def test_packed_tensors():
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(map(len, some)))
     assert batch["input_ids"][0].tolist() == [i for e in some for i in e.input_ids]
     assert batch["labels"][0].tolist() == [i for e in some for i in e.labels]
+    assert batch["loss_weights"][0].tolist() == [float(i != IGNORE) for e in some for i in e.labels]
+    channels = [CHANNELS.index(s.channel) + 1 if s.trained else 0 for e in some for s in e.spans for _ in range(s.start, s.end)]
+    assert batch["channels"][0].tolist() == channels
     assert batch["position_ids"][0].tolist() == [p for e in some for p in range(len(e))]
 
 
@@ -100,9 +154,20 @@ def test_padded_tensors():
         assert batch["input_ids"][row, :n].tolist() == example.input_ids
         assert batch["labels"][row, :n].tolist() == example.labels
         assert set(batch["labels"][row, n:].tolist()) <= {IGNORE}
+        assert set(batch["loss_weights"][row, n:].tolist()) | set(batch["channels"][row, n:].tolist()) <= {0}
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_fillers_have_no_labels(layout):
-    assert set(collate(examples(), layout, train=False)["labels"].flatten().tolist()) == {IGNORE}
+    batch = collate(examples(), layout, train=False)
+    assert set(batch["labels"].flatten().tolist()) == {IGNORE}
+    assert batch["loss_weights"].sum() == 0
+
+
+def test_weights_of_channels_reach_the_batch():
+    renderer = HarmonyRenderer(FormatSettings(train_on={"analysis": 0.5, "final": 2.0}))
+    (example,) = renderer.render_examples(Conversation((Message("user", "u"), Message("assistant", "a", "t"))))
+    batch = collate([example], "packed")
+    said = {(CHANNELS[c - 1] if c else None, w) for c, w in zip(batch["channels"][0].tolist(), batch["loss_weights"][0].tolist(), strict=True)}
+    assert said == {(None, 0.0), ("analysis", 0.5), ("final", 2.0)}

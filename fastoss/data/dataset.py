@@ -1,252 +1,221 @@
-"""Tokens → dataset: reads the recipe's sources, renders them, judges every row, splits off the held-out part.
+"""Rows → dataset: reads the recipe's sources, judges and renders every row, keeps tokens and verdict in the cache.
 
-Nothing disappears uncounted: the `DataReport` says what was read, what was dropped, why, and where it stood.
+Rows are taken one by one, so that memory holds neither files nor tokens. Nothing disappears uncounted: the `DataReport`
+says what was read, what was dropped, why, and where it stood. A dataset that was built once is found again by everything
+that can change a token of it.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
+import json
+import os
+import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from fastoss.config import Recipe
-from fastoss.data.conversation import Conversation
-from fastoss.data.formats import KNOWN_COLUMNS, row_to_conversation, unread_columns
-from fastoss.data.harmony import Example, HarmonyRenderer
-from fastoss.data.sources import BadRow, Row, read_rows
-from fastoss.errors import FastossError
+import numpy
 
-_SHOWN = 5  # so many places are listed for each reason
+from fastoss.config import DataSource, Recipe
+from fastoss.data.judge import Judge, Refusals
+from fastoss.data.report import DataReport, counted, report_from_plain, report_to_plain
+from fastoss.data.sources import read_rows, source_identity, source_notes
+from fastoss.data.store import KINDS, Examples, StoreWriter, TokenStore
+from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
+from fastoss.errors import FastossError, RunFailed
+from fastoss.run import cache_folder, file_lock, whole_folder
 
+_UNUSED_DAYS = 30  # a cached dataset that nobody has opened for so long is removed
+_PROGRESS_S = 10.0
 
-@dataclass
-class Drop:
-    """How many rows (or examples, one a trained turn) were left out for one reason, and where the first ones stood."""
-
-    unit: str
-    count: int = 0
-    places: list[str] = field(default_factory=list)
-
-    def add(self, place: str) -> None:
-        self.count += 1
-        if len(self.places) < _SHOWN:
-            self.places.append(place)
-
-    def listed(self) -> str:
-        return ", ".join(self.places) + (", …" if self.count > len(self.places) else "")
-
-
-@dataclass
-class DataReport:
-    """What was read and what became of it. Counts are of rows, or of examples (one a trained turn) where so named."""
-
-    rows: int = 0
-    examples: int = 0
-    train_rows: int = 0
-    eval_rows: int = 0
-    train_examples: int = 0
-    eval_examples: int = 0
-    train_tokens: int = 0
-    trained_tokens: int = 0
-    trained_by_channel: dict[str, int] = field(default_factory=dict)
-    longest: int = 0
-    unread: Counter[str] = field(default_factory=Counter)  # columns that no format knows, and in how many rows
-    drops: dict[str, Drop] = field(default_factory=dict)
-    shortened: Drop = field(default_factory=lambda: Drop("examples"))
-    notes: list[str] = field(default_factory=list)
-    fingerprint: str = ""
-
-    def drop(self, reason: str, place: str, unit: str = "rows") -> None:
-        self.drops.setdefault(reason, Drop(unit)).add(place)
-
-    def lines(self) -> list[str]:
-        """The report as people read it."""
-        share = ", ".join(f"{channel} {count:,}" for channel, count in self.trained_by_channel.items())
-        lines = [
-            f"{_of(self.rows, 'row')} → {_of(self.train_examples, 'training example')}, "
-            f"{self.eval_examples:,} held out ({_of(self.eval_rows, 'row')})",
-            f"{self.train_tokens:,} tokens, of which {self.trained_tokens:,} are trained ({share}); longest example {self.longest:,}",
-        ]
-        for reason, entry in self.drops.items():
-            total = self.rows if entry.unit == "rows" else self.examples
-            lines.append(f"dropped {entry.count:,} of {total:,} {entry.unit}: {reason} ({entry.listed()})")
-        if self.shortened.count:
-            lines.append(
-                f"left out early turns of {self.shortened.count:,} of {self.examples:,} examples to fit max_length ({self.shortened.listed()})"
-            )
-        for name, count in self.unread.most_common():
-            close = difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.7)
-            lines.append(f"the column `{name}` of {_of(count, 'row')} is not read" + (f": did you mean `{close[0]}`?" if close else ""))
-        return lines + self.notes
-
-
-def _of(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples for training and evaluation, in file order, and the report on how they came about."""
+    """Examples for training and evaluation, in the order of the sources, and the report on how they came about.
 
-    train: list[Example]
-    eval: list[Example]
+    `weights` says how often each training example is seen in an epoch. `store` holds them all on disk.
+    """
+
+    train: Examples
+    eval: Examples
+    weights: list[float]
     report: DataReport
+    store: TokenStore
 
 
-def build_dataset(recipe: Recipe, *, sample: bool = False) -> Dataset:
-    """Read, render, judge and split the recipe's data. Deterministic, and alike on every rank.
+def build_dataset(recipe: Recipe, *, sample: bool = False, progress: Progress | None = None) -> Dataset:
+    """Read, judge, render and split the recipe's data, or find it in the cache. Deterministic, and alike on every rank.
 
     Raises `FastossError` (exit 2) with `file:line` for whatever `[hygiene]` calls an error, and when nothing is left.
     """
-    renderer = HarmonyRenderer(recipe.format)
-    report = DataReport()
-    conversations = _without_duplicates(list(_conversations(recipe, report, sample)), recipe, report)
-    held_out = _held_out(conversations, recipe, report)
-
-    train: list[Example] = []
-    eval: list[Example] = []
-    for key, conversation in conversations:
-        chosen = eval if key in held_out else train
-        chosen.extend(_fitting(conversation, renderer, recipe, report))
-    if not train:
-        gone = [f"{entry.count:,} × {reason}" for reason, entry in report.drops.items()]
-        gone += [f"{report.eval_rows:,} held out by eval.fraction"] if report.eval_rows else []
-        raise FastossError(f"no training example is left ({'; '.join(gone)})", place=recipe.data[0].source)
-    _count(train, eval, report)
-    if recipe.eval.fraction and not eval:
-        why = "the rows held out were dropped" if report.eval_rows else f"{recipe.eval.fraction:g} of {_of(len(conversations), 'row')} makes none"
-        report.notes.append(f"no evaluation: {why}")
-    if "analysis" not in recipe.format.train_on and any(m.thinking for e in train for m in e.conversation.messages[-1:]):
-        report.notes.append("the data has reasoning, but format.train_on leaves it out: the model will not learn to reason so")
-    return Dataset(train, eval, report)
+    folder = cache_folder() / "data" / _cache_key(recipe, sample)
+    anew = not all(source.cache for source in (*recipe.data, *recipe.eval.data)) and os.environ.get("RANK", "0") == "0"
+    with file_lock(folder.with_suffix(".lock")):
+        if anew or not TokenStore.is_complete(folder):
+            _remove_unused(folder.parent)
+            try:
+                with whole_folder(folder) as beside:
+                    _Build(recipe, beside, sample, progress or (lambda line: None)).run()
+            except OSError as problem:
+                hint = "make room, or set FASTOSS_CACHE to a folder with more"
+                raise RunFailed(f"the tokens cannot be written: {problem.strerror}", place=str(folder.parent), hint=hint) from problem
+        os.utime(folder)
+    store = TokenStore(folder)
+    held_out = numpy.load(folder / "held_out.npy", mmap_mode="r")
+    train = Examples(store, numpy.flatnonzero(~held_out))
+    weight_of = numpy.array([source.weight for source in recipe.data])
+    weights: list[float] = weight_of[store.examples["source"][train.numbers]].tolist()
+    return Dataset(train, Examples(store, numpy.flatnonzero(held_out)), weights, report_from_plain(store.meta["report"]), store)
 
 
-def content_key(conversation: Conversation) -> str:
-    """A hash of what a conversation says; rows that say the same have the same key."""
+def _cache_key(recipe: Recipe, sample: bool) -> str:
+    """A hash of everything that can change a token, a place or a verdict: files, recipe, tokenizer, template, and this code."""
+    sources = [[source_identity(s, sample=sample), s.model_dump(mode="json", exclude={"cache", "weight"})] for s in (*recipe.data, *recipe.eval.data)]
+    sections = [section.model_dump(mode="json") for section in (recipe.format, recipe.hygiene, recipe.eval)]
+    told = [recipe.method, recipe.model.max_length, sample, sources, sections, TOKENIZER_SHA256, TEMPLATE_SHA256, _code_version(), os.getcwd()]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_version() -> str:
+    """A hash of the data package's own files: a change of the renderer makes every cached dataset stale."""
     digest = hashlib.sha256()
-    for message in conversation.messages:
-        for part in (message.role, message.content, message.thinking or ""):
-            digest.update(part.encode())
-            digest.update(b"\0")
-    digest.update((conversation.reasoning_effort or "").encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-Keyed = tuple[str, Conversation]
+def _remove_unused(folder: Path) -> None:
+    limit = time.time() - _UNUSED_DAYS * 86400
+    for old in folder.iterdir():
+        if old.is_dir() and old.stat().st_mtime < limit:
+            shutil.rmtree(old, ignore_errors=True)
+            old.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _conversations(recipe: Recipe, report: DataReport, sample: bool) -> Iterator[Keyed]:
-    fingerprint = hashlib.sha256()
-    for source in recipe.data:
-        if sample and source.sample is None:
-            report.notes.append(f"no sample is named for {source.source}: it is read in full")
-        for row in read_rows(source, sample=sample):
-            report.rows += 1
-            if isinstance(row, Row):
-                report.unread.update(unread_columns(row, source.format))
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                conversation = row_to_conversation(row, source.format, recipe.format.identity)
-            except BadRow as problem:
-                if recipe.hygiene.malformed == "error":
-                    if problem.hint is None:
-                        problem.hint = 'mend the row, or set hygiene.malformed = "drop"'
-                    raise
-                report.drop(problem.fact, problem.place or "")
-                continue
-            key = content_key(conversation)
-            fingerprint.update(key.encode())
-            yield key, conversation
-    report.fingerprint = fingerprint.hexdigest()
+class _Build:
+    """One pass over all sources."""
+
+    def __init__(self, recipe: Recipe, folder: Path, sample: bool, progress: Progress):
+        self.recipe, self.folder, self.sample, self.progress = recipe, folder, sample, progress
+        self.report = DataReport()
+        self.writer = StoreWriter(folder)
+        self.refusals = Refusals()
+        self.row_keys: list[int] = []  # of each row that was kept: where it goes hangs on this alone
+        self.first_train_row = 0
+
+    def run(self) -> None:
+        with open(self.folder / "dropped.jsonl", "w", encoding="utf-8") as dropped:
+            self.judge = Judge(self.recipe, self.report, self.refusals, dropped)
+            for source in self.recipe.eval.data:
+                self._read(source, 0, held_out=True)
+            self.first_train_row = self.writer.rows
+            for number, source in enumerate(self.recipe.data):
+                self._read(source, number, held_out=False)
+        self.refusals.raise_if_any()
+        self.writer.close()
+        self._finish(TokenStore(self.folder))
+
+    def _read(self, source: DataSource, number: int, *, held_out: bool) -> None:
+        if self.sample and source.sample is None:
+            self.report.notes.append(f"no sample is named for {source.source}: it is read in full")
+        self.report.sources[source.source] = source_identity(source, sample=self.sample)
+        self.report.notes += source_notes(source, sample=self.sample)
+        begun = spoke = time.monotonic()
+        first = self.report.rows
+        for row in read_rows(source, sample=self.sample):
+            self.report.rows += 1
+            said = self.judge.understood(row, source, held_out=held_out)
+            if self.refusals.enough():
+                break
+            now = time.monotonic()
+            if now - spoke > _PROGRESS_S:
+                spoke = now
+                done = self.report.rows - first
+                self.progress(f"reading {source.source}: {done:,} rows, {done / (now - begun):,.0f} a second")
+            if said is None or self.refusals.any():
+                continue  # an error is certain: the rest is read for further mistakes only
+            for conversation, turns in zip(said, self.judge.examples(said), strict=True):
+                if turns:
+                    stored = self.writer.add_row(conversation)
+                    self.row_keys.append(self.judge.near)
+                    for turn, cut, example in turns:
+                        self.writer.add_example(number, stored, turn, cut, example)
+
+    def _finish(self, store: TokenStore) -> None:
+        """Split, count, and say what there is to say."""
+        held_out_row = self._held_out_rows()
+        held_out = held_out_row[store.examples["row"]] if len(store.examples) else numpy.zeros(0, bool)
+        report = self.report
+        report.eval_rows = int(held_out_row.sum())
+        report.train_rows = len(held_out_row) - report.eval_rows
+        report.eval_examples = int(held_out.sum())
+        report.train_examples = len(held_out) - report.eval_examples
+        self._refuse_untrained()
+        if report.train_examples == 0:
+            gone = [f"{tally.count:,} × {reason}" for reason, tally in report.drops.items()]
+            raise FastossError(f"no training example is left ({'; '.join(gone)})", place=self.recipe.data[0].source)
+        lengths, spans = store.examples["length"], store.spans
+        in_train = numpy.repeat(~held_out, store.examples["spans"])
+        sizes = (spans["end"] - spans["start"]).astype(numpy.int64)
+        by_kind = numpy.bincount(spans["kind"][in_train], sizes[in_train], len(KINDS)).astype(int)
+        trained = in_train & (spans["weight"] > 0)
+        trained_by_kind = numpy.bincount(spans["kind"][trained], sizes[trained], len(KINDS)).astype(int)
+        report.train_tokens = int(lengths[~held_out].sum(dtype=numpy.int64))
+        report.trained_tokens = int(trained_by_kind.sum())
+        report.trained_by_channel = {str(channel): int(n) for (_, channel), n in zip(KINDS, trained_by_kind, strict=True) if channel and n}
+        report.longest = max([int(lengths.max()), *self.judge.too_long])
+        report.fingerprint = _fingerprint(self.folder, held_out)
+        if self.recipe.eval.fraction and not report.eval_examples:
+            report.notes.append(f"no evaluation: {self.recipe.eval.fraction:g} of {counted(report.train_rows, 'row')} makes none")
+        numpy.save(self.folder / "held_out.npy", held_out)
+        kinds = [[channel or role, int(n), int(t)] for (role, channel), n, t in zip(KINDS, by_kind, trained_by_kind, strict=True)]
+        meta = {"report": report_to_plain(report), "kinds": kinds, "too_long": _histogram(self.judge.too_long)}
+        self.writer.complete(meta)
+
+    def _held_out_rows(self) -> numpy.ndarray:
+        """Which rows are held out: those of `[[eval.data]]`, or those whose hash lies below `eval.fraction`.
+
+        A row's lot hangs on its own content, so rows that are added move none. Rows that say (nearly) the same have the
+        same hash and go the same way, so that no training row stands in eval.
+        """
+        keys = numpy.array(self.row_keys, numpy.uint64)
+        held_out = numpy.arange(len(keys)) < self.first_train_row
+        fraction = self.recipe.eval.fraction
+        if fraction and len(keys):
+            below = keys < numpy.uint64(int(fraction * 2.0**64))
+            if not below.any() and round(fraction * len(keys)) >= 1:
+                # Too few rows for chance to choose one of them: the smallest hash is held out.
+                below = keys == keys.min()
+            held_out = below if not below.all() else held_out
+        return held_out
+
+    def _refuse_untrained(self) -> None:
+        train_on = self.recipe.format.train_on
+        for channel, what, lost in (("analysis", "reasoning", "reason"), ("commentary", "tool calls", "call tools")):
+            count = self.judge.targets[channel]
+            if count and channel not in train_on:
+                fact = f"the data has {what} ({counted(count, 'example')}), but `format.train_on` leaves it out: the model would not learn to {lost}"
+                mean = ", ".join(f"{name} = {weight}" for name, weight in ({channel: 0.0} | dict(train_on)).items())
+                raise FastossError(fact, place="format.train_on", hint=f'add "{channel}", or write {{ {mean} }} if you mean it')
 
 
-def _without_duplicates(conversations: list[Keyed], recipe: Recipe, report: DataReport) -> list[Keyed]:
-    first: dict[str, str] = {}
-    kept = []
-    again = 0
-    for key, conversation in conversations:
-        if key in first:
-            again += 1
-            if recipe.hygiene.duplicates == "error":
-                hint = 'remove it, or set hygiene.duplicates = "drop" or "keep"'
-                raise FastossError(f"the row is the same as {first[key]}", place=conversation.place, hint=hint)
-            if recipe.hygiene.duplicates == "drop":
-                report.drop("the same as an earlier row", conversation.place)
-                continue
-        first.setdefault(key, conversation.place)
-        kept.append((key, conversation))
-    if again and recipe.hygiene.duplicates == "keep":
-        report.notes.append(f"{again:,} rows are the same as an earlier one, and kept (hygiene.duplicates)")
-    return kept
+def _fingerprint(folder: Path, held_out: numpy.ndarray) -> str:
+    """A hash of every token, its weight, and its side. Read as files: mapped pages would count as this process's memory."""
+    digest = hashlib.blake2b(held_out.tobytes(), digest_size=32)
+    for name in ("input_ids.bin", "spans.bin"):
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
-def _held_out(conversations: list[Keyed], recipe: Recipe, report: DataReport) -> set[str]:
-    """Keys of the held-out rows: the smallest hashes, so that a row's lot hangs on its content alone.
-
-    Rows that say the same go the same way, so no training row can stand in eval (`hygiene.leakage` holds by
-    construction; sources of their own for eval come with the data work).
-    """
-    wanted = round(recipe.eval.fraction * len(conversations))
-    chosen: set[str] = set()
-    rows = 0
-    copies = Counter(key for key, _ in conversations)
-    for key in sorted(copies):
-        if rows + copies[key] <= wanted:
-            chosen.add(key)
-            rows += copies[key]
-        if rows == wanted:
-            break
-    report.eval_rows = rows
-    report.train_rows = len(conversations) - rows
-    return chosen
-
-
-def _fitting(conversation: Conversation, renderer: HarmonyRenderer, recipe: Recipe, report: DataReport) -> Iterator[Example]:
-    """The conversation's examples that fit into `max_length`, by the rule of `hygiene.over_length`."""
-    limit = recipe.model.max_length
-    for example in renderer.render_examples(conversation):
-        report.examples += 1
-        if example.trained_tokens == 0:
-            report.drop("nothing in them is trained (format.train_on)", conversation.place, "examples")
-            continue
-        report.longest = max(report.longest, len(example))
-        if len(example) <= limit:
-            yield example
-            continue
-        if recipe.hygiene.over_length == "error":
-            fact = f"an example of {len(example):,} tokens is longer than model.max_length {limit:,}"
-            hint = 'raise model.max_length, or set hygiene.over_length = "drop" or "truncate_left_turns"'
-            raise FastossError(fact, place=conversation.place, hint=hint)
-        shorter = _truncated(example, renderer, limit) if recipe.hygiene.over_length == "truncate_left_turns" else None
-        if shorter is None:
-            report.drop(f"longer than max_length {limit:,}", conversation.place, "examples")
-        else:
-            report.shortened.add(conversation.place)
-            yield shorter
-
-
-def _truncated(example: Example, renderer: HarmonyRenderer, limit: int) -> Example | None:
-    """The example with whole early turns removed until it fits; the system text, the last question and the target stay."""
-    messages = example.conversation.messages
-    first = 1 if messages[0].role == "system" else 0
-    for cut in range(first + 2, len(messages) - 1, 2):
-        rest = Conversation(messages[:first] + messages[cut:], example.conversation.place, example.conversation.reasoning_effort)
-        shorter = renderer.render_examples(rest)[-1]
-        if len(shorter) <= limit:
-            return shorter
-    return None
-
-
-def _count(train: list[Example], eval: list[Example], report: DataReport) -> None:
-    report.train_examples, report.eval_examples = len(train), len(eval)
-    report.train_tokens = sum(map(len, train))
-    channels: Counter[str] = Counter()
-    for example in train:
-        for span in example.spans:
-            if span.trained and span.channel:
-                channels[span.channel] += span.end - span.start
-    report.trained_by_channel = dict(sorted(channels.items()))
-    report.trained_tokens = sum(channels.values())
+def _histogram(lengths: list[int]) -> list[list[int]]:
+    """Lengths and how often each occurs."""
+    return [list(pair) for pair in sorted(Counter(lengths).items())]

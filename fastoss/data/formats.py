@@ -2,230 +2,287 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from fastoss.config import Identity
-from fastoss.data.conversation import Conversation, Message
-from fastoss.data.sources import BadRow, Row
+from fastoss.data.columns import ANY_COLUMNS, COLUMNS, renamed, replaced_columns
+from fastoss.data.columns import KNOWN_COLUMNS as KNOWN_COLUMNS
+from fastoss.data.conversation import Conversation, Message, Tool, ToolCall
+from fastoss.data.harmony_text import parse_harmony
+from fastoss.data.messages import REASONING, read_messages, reasoning_of, unread_keys
+from fastoss.data.rows import BadRow, Row
+from fastoss.data.text import check_text, parsed_json, shown, text_of
+from fastoss.data.tools import check_calls, tool_definitions
 
-_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-# What harmony writes as control tokens. As text in a row they are an injection, or the trace of another tool.
-_CONTROL = re.compile(r"<\|(start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|target|reserved_\d+)\|>")
-# The columns of each format; a row's own columns tell which it is.
-_COLUMNS = {
-    "messages": {"messages"},
-    "sharegpt": {"conversations", "system"},
-    "alpaca": {"instruction", "input", "output", "history", "thinking", "system"},
-    "prompt_completion": {"prompt", "completion"},
-    "flat": {"developer", "user", "analysis", "final", "reasoning_language"},
-}
-_ANY = {"tools", "reasoning_effort"}
-_MESSAGE = {"role", "content", "thinking", "reasoning_content", "tool_calls"}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-KNOWN_COLUMNS = sorted(set().union(*_COLUMNS.values(), _ANY))
+_READ = {format: columns | ANY_COLUMNS for format, columns in COLUMNS.items()}
+_LISTS = {"messages", "conversations", "prompt", "completion"}  # columns that may hold messages
+_SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function_call": "function_call", "tool_call": "function_call", "observation": "tool", "tool_response": "tool",
+}  # fmt: skip
 
 
-def unread_columns(row: Row, format: str = "auto") -> set[str]:
+class Reading(NamedTuple):
+    """A row as entries of {role, content, …} that are not checked yet; `numbers` are what error messages call them, else 1, 2, 3, …"""
+
+    entries: list[Any]
+    numbers: Sequence[int] | None = None
+    reasoning_effort: str | None = None
+    current_date: str | None = None
+
+
+def row_to_conversation(row: Row, format: str = "auto", identity: Identity | None = None, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Understand a row as a conversation. `format` is `auto` or the name of a format (docs/data.md); `columns` says our
+    column names in the file's own (`{"instruction": "question"}`, dots reach into objects: `"data.question"`).
+
+    Raises `BadRow` with place, fact and hint when a role, a text or the order of turns is not what it must be, and
+    `FastossError` when `columns` names a column of ours that there is not.
+    """
+    if columns:
+        row = renamed(row, columns)
+    return conversation_from(row, read_row(row, format), identity)
+
+
+def unread_columns(row: Row, format: str = "auto", columns: Mapping[str, str] | None = None) -> set[str]:
     """Columns of a row, and keys of its messages, that are not understood and so would be lost without a word."""
+    unread: set[str] = set()
     try:
-        format = _detect(row) if format == "auto" else format
+        if columns:
+            unread, row = replaced_columns(row, columns), renamed(row, columns)
+        format = _detect(row.columns, row.place) if format == "auto" else format
     except BadRow:
         return set()
-    unread = set(row.columns) - _COLUMNS[format] - _ANY
-    if format == "messages" and "user" in row.columns and "final" in row.columns:
-        unread -= _COLUMNS["flat"]  # Multilingual-Thinking says everything twice
-    entries = row.columns.get("messages")
-    keys = {str(key) for entry in entries if isinstance(entry, dict) for key in entry} if isinstance(entries, list) else set()
-    return unread | {f"messages.{key}" for key in keys - _MESSAGE}
+    read = _READ[format]
+    if not row.columns.keys() <= read:
+        unread |= row.columns.keys() - read
+        if format == "messages" and "user" in row.columns and "final" in row.columns:
+            unread -= COLUMNS["flat"]  # Multilingual-Thinking says everything twice
+    for name in _LISTS & read & row.columns.keys():
+        unread |= unread_keys(row.columns[name], name)
+    return unread
 
 
-def row_to_conversation(row: Row, format: str = "auto", identity: Identity | None = None) -> Conversation:
-    """Understand a row as a conversation. `format` is `auto` or the name of one of the five formats (docs/data.md).
-
-    Raises `BadRow` with place, fact and hint when a role, a text or the order of turns is not what it must be.
-    """
-    if format == "auto":
-        format = _detect(row)
-    readers = {
-        "messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca,
-        "prompt_completion": _from_prompt_completion, "flat": _from_flat,
-    }  # fmt: skip
-    turns = readers[format](row)
-    if row.columns.get("tools"):
-        raise BadRow("the row has `tools`", place=row.place, hint="tool calls are not available in this version")
-    effort = row.columns.get("reasoning_effort")
+def conversation_from(row: Row, reading: Reading, identity: Identity | None) -> Conversation:
+    """The checked conversation of a row's entries, with what the row says besides them: effort, date, tools."""
+    columns, place = row.columns, row.place
+    messages = read_messages(reading.entries, place, reading.numbers)
+    if identity is not None:
+        messages = [_filled(message, identity) for message in messages]
+    trained = False
+    for message in messages:
+        check_text(message.content, place)
+        if message.role == "assistant":
+            trained = trained or message.weight > 0
+            if message.thinking:
+                check_text(message.thinking, place)
+            if message.tool_call:
+                check_text(message.tool_call.arguments, place)
+    if not trained:
+        raise BadRow("nothing in the row is trained", place=place, hint="`train` or `weight` leaves out every answer")
+    if ANY_COLUMNS.isdisjoint(columns) and reading.reasoning_effort is None:
+        return Conversation(tuple(messages), place, None, reading.current_date)
+    tools = _tools(columns, place)
+    if tools:
+        check_calls(messages, tools, place)
+    effort = _said_once(columns.get("reasoning_effort"), reading.reasoning_effort, "`reasoning_effort`", place)
     if effort is not None and effort not in ("low", "medium", "high"):
-        raise BadRow(f"`reasoning_effort` is {effort!r}", place=row.place, hint="low, medium or high")
-    messages = tuple(_checked(message, row.place, identity) for message in turns)
-    _check_order(messages, row.place)
-    return Conversation(messages, row.place, effort)
+        raise BadRow(f"`reasoning_effort` is {shown(effort)}", place=place, hint="low, medium or high")
+    date = _said_once(_date(columns, "current_date", place), _date(columns, "date", place), "`current_date`", place)
+    date = _said_once(date, reading.current_date, "`current_date`", place)
+    return Conversation(tuple(messages), place, effort, date, tools)
 
 
-def _detect(row: Row) -> str:
-    columns = row.columns
-    for format, telling in (
-        ("messages", ("messages",)),
-        ("sharegpt", ("conversations",)),
-        ("prompt_completion", ("prompt", "completion")),
-        ("flat", ("user", "final")),
-    ):
-        if all(name in columns for name in telling):
-            return format
+def read_row(row: Row, format: str = "auto") -> Reading:
+    """The entries of a row in one of the formats."""
+    columns, place = row.columns, row.place
+    if format == "auto":
+        format = _detect(columns, place)
+    elif "chosen" in columns:
+        _refuse_pair(columns, place)
+    if format == "messages":
+        return _list(columns, "messages", place)
+    if format == "sharegpt":
+        return _list(columns, "conversations", place)
+    if format == "alpaca":
+        return _alpaca(columns, "instruction", "output", place)
+    if format == "query_response":
+        return _alpaca(columns, "query", "response", place)
+    if format == "prompt_completion":
+        return _prompt_completion(columns, place)
+    if format == "flat":
+        return _flat(columns, place)
+    parsed = parse_harmony(text_of(columns.get("text"), "`text`", place), _tools(columns, place), place)
+    return Reading(parsed.entries, parsed.numbers, parsed.reasoning_effort, parsed.current_date)
+
+
+def _detect(columns: dict[str, Any], place: str) -> str:
+    """The format that a row's columns show."""
+    if "messages" in columns:
+        return "messages"
+    if "chosen" in columns:
+        _refuse_pair(columns, place)
+    if "conversations" in columns:
+        return "sharegpt"
+    if "prompt" in columns and "completion" in columns:
+        return "prompt_completion"
+    if "user" in columns and "final" in columns:
+        return "flat"
     if "instruction" in columns or "output" in columns:
         return "alpaca"
+    if "query" in columns and "response" in columns:
+        return "query_response"
+    text = columns.get("text")
+    if isinstance(text, str) and text.lstrip("\ufeff").startswith("<|start|>"):
+        return "harmony"
     hint = "give `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `user` and `final`"
-    raise BadRow(f"the columns are not understood ({', '.join(columns) or 'none'})", place=row.place, hint=hint)
+    fact = f"the columns are not understood ({', '.join(columns) or 'none'})"
+    raise BadRow(fact, place=place, hint=f'{hint}; or say which they are: columns = {{ instruction = "question" }}')
 
 
-def _from_messages(row: Row) -> list[Message]:
-    return _messages(row.columns.get("messages"), "messages", row.place)
+def _refuse_pair(columns: dict[str, Any], place: str) -> None:
+    """Refuse `chosen` and `rejected`, unless an answer to train stands beside them."""
+    answered = "messages" in columns or "output" in columns or "completion" in columns or "final" in columns
+    if "rejected" in columns and not answered:
+        raise BadRow("the row is a preference pair (`chosen` and `rejected`)", place=place, hint='train pairs with method = "dpo"')
 
 
-def _messages(entries: Any, column: str, place: str) -> list[Message]:
-    if not isinstance(entries, list) or not entries:
-        raise BadRow(f"`{column}` is not a list of messages", place=place)
-    turns = []
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict):
-            raise BadRow(f"message {number} is not an object", place=place)
-        role: Any = entry.get("role")
-        role = "system" if role == "developer" else role  # harmony's developer message holds what others call the system text
-        if role not in ("system", "user", "assistant"):
-            hint = "tool calls are not available in this version" if role == "tool" else "system, user or assistant"
-            raise BadRow(f"message {number} has the unknown role {role!r}", place=place, hint=hint)
-        if entry.get("tool_calls"):
-            raise BadRow(f"message {number} calls a tool", place=place, hint="tool calls are not available in this version")
-        content = _text(entry.get("content"), f"message {number} ({role})", place)
-        thinking = _reasoning(entry, number, place)
-        if thinking is not None and role != "assistant":
-            raise BadRow(f"message {number} has reasoning, but its role is {role}", place=place)
-        turns.append(_assistant(content, thinking, place) if role == "assistant" else Message(role, content))
-    return turns
+def _list(columns: dict[str, Any], name: str, place: str) -> Reading:
+    """A column of messages, and the `system` text that may stand beside it."""
+    system = system_entry(columns, place)
+    entries = message_entries(columns.get(name), name, place)
+    return _after(system, entries)
 
 
-def _from_sharegpt(row: Row) -> list[Message]:
-    """`conversations` of {from, value}; entries of {role, content} under that name are read as messages."""
-    entries = row.columns.get("conversations")
-    if isinstance(entries, list):
-        entries = [
-            {"role": _SHAREGPT_ROLES.get(str(e["from"]), e["from"]), "content": e.get("value")} if isinstance(e, dict) and "from" in e else e
-            for e in entries
-        ]
-    turns = _messages(entries, "conversations", row.place)
-    return _system_text(row) + turns
+def _after(system: list[Any], entries: list[Any]) -> Reading:
+    """The entries after the system text of a column, which has the number 0, so that theirs stay what people count."""
+    return Reading([*system, *entries], range(len(entries) + 1)) if system else Reading(entries)
 
 
-def _from_prompt_completion(row: Row) -> list[Message]:
-    """TRL's columns: two texts, or two lists of messages of which the second is the answer."""
-    prompt, completion = row.columns.get("prompt"), row.columns.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _messages(prompt, "prompt", row.place) + _messages(completion, "completion", row.place)
-    answer = _assistant(_text(completion, "`completion`", row.place), None, row.place)
-    return [Message("user", _text(prompt, "`prompt`", row.place)), answer]
-
-
-def _from_flat(row: Row) -> list[Message]:
-    """The columns of Multilingual-Thinking: developer, user, analysis, final."""
-    columns = row.columns
-    turns = []
-    if columns.get("developer") not in (None, ""):
-        turns.append(Message("system", _text(columns["developer"], "`developer`", row.place)))
-    turns.append(Message("user", _text(columns.get("user"), "`user`", row.place)))
-    analysis = columns.get("analysis")
-    thinking = None if analysis is None else _text(analysis, "`analysis`", row.place)
-    return [*turns, _assistant(_text(columns.get("final"), "`final`", row.place), thinking, row.place)]
-
-
-def _system_text(row: Row) -> list[Message]:
-    text = row.columns.get("system")
-    return [] if text in (None, "") else [Message("system", _text(text, "`system`", row.place))]
-
-
-def _reasoning(entry: dict[str, Any], number: int, place: str) -> str | None:
-    given = [name for name in ("thinking", "reasoning_content") if entry.get(name) is not None]
-    if len(given) == 2 and entry["thinking"] != entry["reasoning_content"]:
-        raise BadRow(f"message {number} has both `thinking` and `reasoning_content`", place=place, hint="keep one")
-    return _text(entry[given[0]], f"`{given[0]}` of message {number}", place) if given else None
-
-
-def _from_alpaca(row: Row) -> list[Message]:
-    columns = row.columns
-    instruction = _text(columns.get("instruction"), "`instruction`", row.place)
-    extra = columns.get("input")
-    user = instruction
-    if extra is not None and _text(extra, "`input`", row.place).strip():
-        user = f"{instruction}\n{extra}"
-    turns = _system_text(row)
-    history = columns.get("history")
-    if history is not None and not isinstance(history, list):
-        raise BadRow("`history` is not a list of [user, assistant] pairs", place=row.place)
-    for number, pair in enumerate(history or [], 1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow(f"pair {number} of `history` is not [user, assistant]", place=row.place)
-        turns.append(Message("user", _text(pair[0], f"the user's text in pair {number} of `history`", row.place)))
-        turns.append(_assistant(_text(pair[1], f"the answer in pair {number} of `history`", row.place), None, row.place))
-    turns.append(Message("user", user))
-    thinking = columns.get("thinking")
-    thinking = None if thinking is None else _text(thinking, "`thinking`", row.place)
-    turns.append(_assistant(_text(columns.get("output"), "`output`", row.place), thinking, row.place))
-    return turns
-
-
-def _assistant(content: str, thinking: str | None, place: str) -> Message:
-    """An assistant message whose reasoning may stand as `<think>…</think>` before the answer."""
-    if "<think>" in content or "</think>" in content:
-        found = _THINK.match(content)
-        rest = content[found.end() :] if found else content
-        if found is None or "<think>" in rest or "</think>" in rest:
-            raise BadRow(
-                "a <think> tag is not closed, or not at the beginning", place=place, hint="write <think>reasoning</think> and then the answer"
-            )
-        if thinking is not None and thinking.strip() != found[1].strip():
-            raise BadRow("the answer has a <think> part and a `thinking` column", place=place, hint="keep one")
-        content, thinking = rest, found[1].strip()
-    # Reasoning of nothing but space is no reasoning: it must not be learned as an empty analysis message.
-    return Message("assistant", content, thinking if thinking and thinking.strip() else None)
-
-
-def _text(value: Any, what: str, place: str) -> str:
-    if value is None:
-        raise BadRow(f"{what} is missing or null", place=place)
-    if not isinstance(value, str):
-        raise BadRow(f"{what} is not a text", place=place)
+def message_entries(value: Any, name: str, place: str) -> list[Any]:
+    """A list of messages; ShareGPT's {from, value} in the words of the others."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{name}` is not a list of messages", place=place)
+    if isinstance(value[0], dict) and "from" in value[0]:
+        return [_from_sharegpt(entry, number, place) if isinstance(entry, dict) else entry for number, entry in enumerate(value, 1)]
     return value
 
 
-def _checked(message: Message, place: str, identity: Identity | None) -> Message:
-    if not message.content.strip():
-        who = {"assistant": "the answer", "user": "the user's text", "system": "the system text"}[message.role]
-        raise BadRow(f"{who} is empty", place=place)
-    if identity is not None:
-        message = Message(message.role, _filled(message.content, identity), _filled(message.thinking, identity))
-    for text in (message.content, message.thinking or ""):
-        control = _CONTROL.search(text)
-        if control:
-            hint = "remove it: fastoss writes the control tokens itself"
-            raise BadRow(f"the text holds the control token {control[0]}", place=place, hint=hint)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRow("the text holds half a character (a lone surrogate)", place=place) from None
-    return message
+def _from_sharegpt(entry: dict[str, Any], number: int, place: str) -> dict[str, Any]:
+    role, value = entry.get("from"), entry.get("value")
+    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    rest = {key: item for key, item in entry.items() if key not in ("from", "value", "role", "content")}
+    if role != "function_call":
+        return {"role": role, "content": value, **rest}
+    thought = None
+    if isinstance(value, str):
+        thinking, closed, calls = value.rpartition("</think>")
+        thought = thinking + closed or None
+        value = parsed_json(calls, f"the call of message {number}", place)
+    return {**rest, "role": "assistant", "content": thought, "tool_calls": value if isinstance(value, list) else [value]}
 
 
-def _filled(text: Any, identity: Identity) -> Any:
-    return text and text.replace("{{NAME}}", identity.name).replace("{{AUTHOR}}", identity.author)
+def _prompt_completion(columns: dict[str, Any], place: str) -> Reading:
+    """TRL's columns: two texts, or two lists of messages of which the second is the answer."""
+    prompt, completion = columns.get("prompt"), columns.get("completion")
+    system = system_entry(columns, place)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _after(system, message_entries(prompt, "prompt", place) + message_entries(completion, "completion", place))
+    answer = answer_entry(columns, "completion", place)
+    return Reading([*system, {"role": "user", "content": text_of(prompt, "`prompt`", place)}, answer])
 
 
-def _check_order(messages: tuple[Message, ...], place: str) -> None:
-    roles = [message.role for message in messages]
-    if "system" in roles[1:]:
-        raise BadRow("a system message that is not the first", place=place, hint="harmony has one, at the beginning: join them there")
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * ((len(turns) + 1) // 2)
-    for number, (role, wanted) in enumerate(zip(turns, expected, strict=False), 1 + len(roles) - len(turns)):
-        if role != wanted:
-            raise BadRow(f"message {number} is of the {role}, but it is the {wanted}'s turn", place=place)
-    if not turns or turns[-1] != "assistant":
-        raise BadRow("the conversation does not end with an answer", place=place)
+def _flat(columns: dict[str, Any], place: str) -> Reading:
+    """The columns of Multilingual-Thinking: developer, user, analysis, final."""
+    system = system_entry(columns, place, "developer")
+    user = {"role": "user", "content": text_of(columns.get("user"), "`user`", place)}
+    answer = {"role": "assistant", "content": text_of(columns.get("final"), "`final`", place)}
+    if columns.get("analysis") is not None:
+        answer["thinking"] = text_of(columns["analysis"], "`analysis`", place)
+    return Reading([*system, user, answer])
+
+
+def _alpaca(columns: dict[str, Any], asked: str, answered: str, place: str) -> Reading:
+    return Reading([*alpaca_prompt(columns, asked, place), answer_entry(columns, answered, place)])
+
+
+def alpaca_prompt(columns: dict[str, Any], asked: str, place: str) -> list[dict[str, Any]]:
+    """System text, history and the user's text, which is the column `asked`, then `input`."""
+    user = text_of(columns.get(asked), f"`{asked}`", place)
+    extra = columns.get("input")
+    if extra is not None and text_of(extra, "`input`", place).strip():
+        user = f"{user}\n{extra}"
+    entries = system_entry(columns, place)
+    history = columns.get("history")
+    if history is not None and not isinstance(history, list):
+        raise BadRow("`history` is not a list of [user, assistant] pairs", place=place)
+    for number, pair in enumerate(history or [], 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"pair {number} of `history` is not [user, assistant]", place=place)
+        entries.append({"role": "user", "content": text_of(pair[0], f"the user's text in pair {number} of `history`", place)})
+        entries.append({"role": "assistant", "content": text_of(pair[1], f"the answer in pair {number} of `history`", place)})
+    entries.append({"role": "user", "content": user})
+    return entries
+
+
+def system_entry(columns: dict[str, Any], place: str, name: str = "system") -> list[dict[str, Any]]:
+    """The system text of a column, as a list of one entry or none."""
+    text = columns.get(name)
+    return [] if text is None or text == "" else [{"role": "system", "content": text_of(text, f"`{name}`", place)}]
+
+
+def answer_entry(columns: dict[str, Any], name: str, place: str) -> dict[str, Any]:
+    """The answer of a column, with the reasoning that may stand beside it."""
+    answer: dict[str, Any] = {"role": "assistant", "content": text_of(columns.get(name), f"`{name}`", place)}
+    if any(name in columns for name in REASONING):
+        answer["thinking"] = reasoning_of(columns, "", place)
+    return answer
+
+
+def _tools(columns: dict[str, Any], place: str) -> tuple[Tool, ...]:
+    """The functions of `tools`; OpenAI's older files call the column `functions`."""
+    tools, functions = columns.get("tools"), columns.get("functions")
+    if tools and functions:
+        raise BadRow("the row has both `tools` and `functions`", place=place, hint="keep one")
+    return tool_definitions(functions if functions else tools, place)
+
+
+def _date(columns: dict[str, Any], name: str, place: str) -> str | None:
+    """A date as text: YYYY-MM-DD, or a date as Parquet gives it."""
+    value = columns.get(name)
+    if value is None:
+        return None
+    if isinstance(value, datetime.datetime):
+        value = value.date()
+    try:
+        date = value if isinstance(value, datetime.date) else datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        date = None
+    if date is None or (isinstance(value, str) and value != date.isoformat()):
+        hint = "YYYY-MM-DD: it is the date that the system message says; give the column another name if it means something else"
+        raise BadRow(f"`{name}` is {shown(value)}", place=place, hint=hint)
+    return date.isoformat()
+
+
+def _said_once(value: Any, other: Any, what: str, place: str) -> Any:
+    if value is not None and other is not None and value != other:
+        raise BadRow(f"{what} is {shown(value)}, but the row says {shown(other)} as well", place=place, hint="keep one")
+    return other if value is None else value
+
+
+def _filled(message: Message, identity: Identity) -> Message:
+    """The message with {{NAME}} and {{AUTHOR}} filled in."""
+
+    def filled(text: str, within_json: bool = False) -> str:
+        for mark, said in (("{{NAME}}", identity.name), ("{{AUTHOR}}", identity.author)):
+            text = text.replace(mark, json.dumps(said, ensure_ascii=False)[1:-1] if within_json else said)
+        return text
+
+    thinking, call = message.thinking, message.tool_call
+    if not any("{{" in text for text in (message.content, thinking or "", call.arguments if call else "")):
+        return message
+    call = call and ToolCall(call.name, filled(call.arguments, within_json=True))
+    return replace(message, content=filled(message.content), thinking=thinking and filled(thinking), tool_call=call)

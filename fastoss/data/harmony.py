@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fastoss.config import FormatSettings
 from fastoss.data.conversation import Conversation, Message, Tool, ToolCall
-from fastoss.data.tokenizer import CALL, CHANNEL, CONSTRAIN, END, END_OF_TEXT, MESSAGE, RETURN, START, encode, token_bytes
+from fastoss.data.tokenizer import CALL, CHANNEL, CONSTRAIN, END, END_OF_TEXT, MESSAGE, RETURN, SPECIAL, START, encode, token_bytes
 from fastoss.data.typescript import tools_section
 
 IGNORE = -100  # the label of a token without loss, as in torch's cross-entropy
@@ -172,8 +172,8 @@ class HarmonyRenderer:
         ids = list(self._system_message(conversation))
         spans = [Span("system", None, 0, len(ids), 0.0)]
         answered = max((i for i, e in enumerate(encoded) if e.message.role == "assistant" and e.call is None), default=-1)
-        instructions = encoded[0].message.content if encoded and encoded[0].message.role == "system" else None
-        if instructions is not None or conversation.tools:
+        instructions = encoded[0].message.content if encoded and encoded[0].message.role == "system" else ""
+        if instructions or conversation.tools:
             start = len(ids)
             ids += self._developer_message(instructions, conversation.tools)
             spans.append(Span("developer", None, start, len(ids), 0.0))
@@ -214,9 +214,9 @@ class HarmonyRenderer:
             self._keep(key, [START, *encode("system"), MESSAGE, *encode(text), END])
         return self._kept[key]
 
-    def _developer_message(self, instructions: str | None, tools: tuple[Tool, ...]) -> list[int]:
+    def _developer_message(self, instructions: str, tools: tuple[Tool, ...]) -> list[int]:
         described = tools_section(tools) if tools else ""
-        key = ("developer", described, "" if instructions is None else f"# Instructions\n\n{instructions}\n\n")
+        key = ("developer", described, f"# Instructions\n\n{instructions}\n\n" if instructions else "")
         if key not in self._kept:
             # The template ends the instructions with an empty line (openai-harmony does not): inference uses the template.
             self._keep(key, [START, *encode("developer"), MESSAGE, *encode(key[2] + described), END])
@@ -240,14 +240,14 @@ class CompletionParser:
     """Reads a reply token by token, as it is sampled after `<|start|>assistant`, and gives its text by channel.
 
     Malformed replies are read as people would read them, and `problems` says so: text without a header, an unknown
-    channel, a message that begins before the last one has ended.
+    channel, a message that begins before the last one has ended, a user's or tool's message that the model makes up.
     """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.stop: int | None = None
         self._header: list[int] | None = []  # the ids of a header that is not complete yet; None within a message
-        self._channel = "final"
+        self._channel = "final"  # empty: the message is left out
         self._recipient: str | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -260,7 +260,7 @@ class CompletionParser:
             return self._feed_header(token_id)
         if token_id in (END, START):
             if token_id == START:
-                self.problems.append("a message began before the last one had ended")
+                self.problems.append("a message began before the last one had ended" if self.stop is None else "the reply went on after its end")
             rest = self._flush()
             self._header = []
             return rest
@@ -291,17 +291,27 @@ class CompletionParser:
         if token_id != MESSAGE:
             self._header.append(token_id)
             return None
-        header = self._header
+        header = [i for i in self._header if i != START]
         self._header = None
         where = [index for index, i in enumerate(header) if i == CHANNEL]
-        after = self._decode(i for i in header[where[-1] + 1 :] if i != CONSTRAIN) if where else ""
+        # `to=functions.x<|constrain|>json` comes without a space too: the mark ends the name.
+        before = self._decode(header[: where[-1]] if where else header).replace(SPECIAL[CONSTRAIN], " ")
+        after = self._decode(header[where[-1] + 1 :]).replace(SPECIAL[CONSTRAIN], " ") if where else ""
+        speaker = (before.split() or [""])[0]
+        if speaker in ("system", "developer", "user") or speaker.startswith(("functions.", "browser.")):
+            self.problems.append(f"the reply went on with a message of {speaker}, left out")
+            self._channel, self._recipient = "", None
+            return None
         # The model writes the recipient before the channel or after it: both are read.
-        recipient = _RECIPIENT.search(self._decode(header[: where[-1]] if where else header)) or _RECIPIENT.search(after)
+        recipient = _RECIPIENT.search(before) or _RECIPIENT.search(after)
         self._recipient = recipient[1] if recipient else None
+        if self._recipient == "assistant":  # `<|channel|>commentary to=assistant<|channel|>final` is sampled now and then; it calls no tool
+            self.problems.append("a message to the assistant itself, read as one to the user")
+            self._recipient = None
         name = after.split()
         if not name or name[0] not in ("analysis", "commentary", "final"):
             self.problems.append(f"a message with no known channel ({' '.join(name)})" if name else "a message without a channel")
-            name = ["commentary" if recipient else "final"]
+            name = ["commentary" if self._recipient else "final"]
         self._channel = name[0]
         return None
 
@@ -309,7 +319,7 @@ class CompletionParser:
         return b"".join(token_bytes(i) for i in ids).decode("utf-8", "replace")
 
     def _delta(self, text: str) -> Delta | None:
-        return Delta(self._channel, text, self._recipient) if text else None
+        return Delta(self._channel, text, self._recipient) if text and self._channel else None
 
     def _flush(self) -> Delta | None:
         delta = self._delta(self._decoder.decode(b"", final=True))

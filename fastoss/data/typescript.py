@@ -7,7 +7,9 @@ included: this text is what the model was trained on. Tests hold the two against
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from fastoss.data.conversation import Tool
@@ -28,7 +30,8 @@ def _type(schema: Any, indent: str) -> str:
         return "any"
     if isinstance(schema.get("oneOf"), list):
         return "".join(
-            f"\n{indent} | {_variant_type(variant, indent)}{_comment([_description(variant), _default(variant)])}" for variant in schema["oneOf"]
+            f"\n{indent} | {_variant_type(variant, indent)}{_comment([_description(variant), _default(variant, escaped=True)])}"
+            for variant in schema["oneOf"]
         )
     kind = schema.get("type")
     if isinstance(kind, list):
@@ -95,13 +98,49 @@ def _description(schema: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _default(schema: Any) -> str | None:
+def _default(schema: Any, *, escaped: bool = False) -> str | None:
+    """The `default: …` of a comment. `escaped`: in a `oneOf` that is no property, the text of an enum is written as JSON."""
     if not isinstance(schema, dict) or "default" not in schema:
         return None
     value = schema["default"]
-    if isinstance(value, str):
-        return f"default: {value}" if schema.get("enum") else f'default: "{value}"'
-    return "default: " + json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not isinstance(value, str):
+        return "default: " + _json(value)
+    enum = schema.get("enum")
+    if not isinstance(enum, list) or not enum:
+        return f'default: "{value}"'
+    return "default: " + (_json(value) if escaped else value)
+
+
+def _json(value: Any) -> str:
+    """JSON without spaces, numbers as serde_json 1.0.140 (in openai-harmony) reads them from Python's JSON and writes them again."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_json(key)}:{_json(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_json, value)) + "]"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _number(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: int | float) -> str:
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return str(value)
+    if not math.isfinite(float(repr(value))):
+        return json.dumps(value)
+    # It reads the digits as one number and scales that, which may move the last digit: 123456789.12345679 becomes ….1234568.
+    digits = Decimal(repr(value))
+    sign, exponent = ("-" if digits.is_signed() else ""), int(digits.as_tuple().exponent)
+    significand = int("".join(map(str, digits.as_tuple().digits)))
+    while significand >= 2**64:
+        significand, exponent = significand // 10, exponent + 1
+    read = float(significand)
+    while exponent < -308:
+        read, exponent = read / 1e308, exponent + 308
+    read = read / float(f"1e{-exponent}") if exponent < 0 else read * float(f"1e{exponent}")
+    mantissa, _, power = repr(read).partition("e")
+    if not power:
+        return sign + mantissa
+    return sign + (f"0.0000{mantissa.replace('.', '')}" if int(power) == -5 else f"{mantissa}e{int(power)}")
 
 
 def _comment(parts: list[str | None]) -> str:
@@ -110,6 +149,6 @@ def _comment(parts: list[str | None]) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines as Rust's `str::lines` cuts them: at `\\n` or `\\r\\n` only."""
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    """Lines as Rust's `str::lines` cuts them: at `\\n` or `\\r\\n` only; a last `\\r` stays."""
+    *lines, last = text.split("\n")
+    return [line.removesuffix("\r") for line in lines] + ([last] if last else [])

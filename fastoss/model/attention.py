@@ -1,17 +1,34 @@
-"""Attention with sinks for packed rows: documents that share a row do not see each other.
+"""Attention with sinks for packed rows, as transformers' gpt-oss calls it: finds the row's layout, chooses the kernel.
 
-gpt-oss under stock transformers lets packed documents leak: its mask builders are not given the positions. Here a row
-without a mask is cut where its positions start again at 0, and each document attends to itself alone, causally, within
-the layer's window. Rows with a padding mask, and generation, take transformers' own eager path.
+gpt-oss under stock transformers lets packed documents leak, because its mask builders are not given the positions. Here the
+layout of a row (`attention_layout.py`) comes, in this order, from: a `DocumentLayout` in place of the mask; the keyword
+`documents` of the model's forward; a padding mask; the positions. Only decoding with a cache, and masks of other people's
+making, go through a dense mask.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib.util
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
+from fastoss.errors import FastossError
+from fastoss.model import attention_kernels as kernels
+from fastoss.model.attention_layout import DocumentLayout
+
 PACKED_SINK_ATTENTION = "fastoss_packed_sink"
+KERNEL_VARIABLE = "FASTOSS_ATTENTION"  # a kernel's name, for tests and comparisons
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {
+    "eager": kernels.eager,
+    "flex": kernels.flex,
+    "flash": kernels.flash,
+    "flash4": kernels.flash4,
+}
 
 
 def register_packed_attention() -> str:
@@ -23,56 +40,130 @@ def register_packed_attention() -> str:
     return PACKED_SINK_ATTENTION
 
 
+def attend_packed(model: Any) -> Any:
+    """Let a loaded gpt-oss use this attention, whatever its loader chose. Returns the model.
+
+    Unsloth on a GPU resolves every implementation it does not know to "eager" for gpt-oss, so it is set afterwards.
+    """
+    model.config._attn_implementation = register_packed_attention()
+    return model
+
+
+@torch.compiler.disable
 def packed_sink_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | DocumentLayout | None,
     *,
     scaling: float,
     dropout: float = 0.0,
+    documents: DocumentLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer; `query` (batch, heads, tokens, head_dim), `key` and `value` with fewer heads.
 
-    Without a mask, `position_ids` (batch, tokens) in `kwargs` tell where documents begin. Returns the output
-    (batch, tokens, heads, head_dim), and the weights where transformers' own path computed them.
+    Returns the output (batch, tokens, heads, head_dim), and the weights where there was a dense mask. Not traced by
+    torch.compile: the lengths of documents would make it compile anew for each batch.
     """
-    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
-
-    if attention_mask is not None:
-        return eager_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    positions = kwargs.get("position_ids")
-    rows = []
-    for row in range(query.shape[0]):
-        starts = [0] if positions is None else document_starts(positions[row % positions.shape[0]])
-        outputs = []
-        for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True):
-            window = kwargs.get("sliding_window")
-            bias = _causal_bias(end - start, window, query.dtype, query.device)
-            parts = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
-            outputs.append(eager_attention_forward(module, *parts, bias, scaling=scaling, dropout=dropout)[0])
-        rows.append(torch.cat(outputs, dim=1))
-    return torch.cat(rows), None
-
-
-def document_starts(positions: torch.Tensor) -> list[int]:
-    """Indices in a row's positions (tokens,) where a document begins; the first token always begins one."""
-    starts = (positions == 0).nonzero().flatten().tolist()
-    return starts if starts and starts[0] == 0 else [0, *starts]
+    if isinstance(attention_mask, torch.Tensor):
+        return kernels.eager_with_bias(query, key, value, module.sinks, attention_mask, scaling, dropout)
+    batch, heads, tokens, head_dim = query.shape
+    layout = attention_mask or documents or _layout_of(kwargs.get("position_ids"), batch, tokens, query.device)
+    assert layout.tokens == batch * tokens, f"the layout is of {layout.tokens} tokens, the batch has {batch * tokens}"
+    name = choose_kernel(query.device, value.dtype, head_dim, layout.has_branches).kernel
+    arguments: dict[str, Any] = {}
+    if dropout:  # gpt-oss has none; only the reference knows it
+        name, arguments = "eager", {"dropout": dropout}
+    if name != "eager":
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may have come in float32
+    # Rows end to end: none of a document reaches into the next row.
+    query, key, value = (tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key, value))
+    output = KERNELS[name](query, key, value, module.sinks, layout, kwargs.get("sliding_window"), scaling, **arguments)
+    return output.reshape(batch, tokens, heads, head_dim), None
 
 
-def _causal_bias(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None]
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+class Choice(NamedTuple):
+    """A kernel's name, and why it was chosen, for people."""
+
+    kernel: str
+    reason: str
 
 
-def _mask(batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, branches: bool = False) -> Choice:
+    """The kernel for tensors of this kind on this machine; `branches`: for rows with trees in them.
+
+    Raises `FastossError` when FASTOSS_ATTENTION names none.
+    """
+    return _choose(os.environ.get(KERNEL_VARIABLE, ""), device, dtype, head_dim, branches)
+
+
+@functools.lru_cache(maxsize=64)
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, branches: bool) -> Choice:
+    if wanted and wanted not in KERNELS:
+        raise FastossError(f'"{wanted}" is no attention kernel', place=KERNEL_VARIABLE, hint=f"one of {', '.join(KERNELS)}")
+    if wanted.startswith("flash") and branches:
+        return Choice("flex", f"{KERNEL_VARIABLE} asks for {wanted}, which cannot mask trees")
+    if wanted:
+        return Choice(wanted, f"{KERNEL_VARIABLE} asks for it")
+    if device.type != "cuda":
+        return Choice("eager", "no GPU")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return Choice("eager", "the GPU is older than compute capability 8.0")
+    if dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0 and not torch.version.hip and not branches:
+        return Choice("flash", "torch's own FlashAttention, with the sink put in exactly")
+    if importlib.util.find_spec("triton") is None:
+        return Choice("eager", "FlexAttention needs Triton, which is not installed")
+    return Choice("flex", "trees need a block mask" if branches else "FlashAttention takes neither this dtype nor this head")
+
+
+def kernel_line(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What a run's log says about its attention."""
+    plain, trees = (choose_kernel(device, dtype, head_dim, branches) for branches in (False, True))
+    line = f"attention: {plain.kernel} ({plain.reason})"
+    return line if trees.kernel == plain.kernel else f"{line}; trees: {trees.kernel} ({trees.reason})"
+
+
+_latest: tuple[weakref.ref[torch.Tensor], int, DocumentLayout] | None = None
+
+
+def _layout_of(positions: torch.Tensor | None, batch: int, tokens: int, device: torch.device) -> DocumentLayout:
+    """The layout that the model's `position_ids` (rows or 1, tokens) tell; made once a forward pass.
+
+    Every layer of a pass is given the same tensor of positions, in a checkpoint's second pass too: it is known again.
+    """
+    global _latest
+    if positions is None:
+        return DocumentLayout.from_positions(torch.arange(tokens).expand(batch, tokens)).to(device)
+    version = 0 if positions.is_inference() else positions._version  # counts changes in place
+    if _latest is not None:
+        known, known_version, layout = _latest
+        if known() is positions and known_version == version and layout.rows == batch:
+            return layout
+    layout = DocumentLayout.from_positions(positions.expand(batch, tokens)).to(device)
+    _latest = weakref.ref(positions), version, layout
+    return layout
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | DocumentLayout | None:
+    """transformers' mask interface: a layout where a whole batch is seen at once, a dense mask (batch, 1, queries, keys) elsewhere."""
     from transformers.masking_utils import eager_mask
 
-    if attention_mask is None and q_length == kv_length:
-        return None  # packed_sink_attention cuts the row itself
-    return eager_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
+    whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    if whole and not use_vmap:  # vmap: somebody's own mask function
+        if attention_mask is None:
+            return None  # the attention itself is given the positions
+        layout = DocumentLayout.from_padding(attention_mask)
+        if layout is not None:
+            return layout
+    return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)

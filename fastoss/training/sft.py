@@ -19,12 +19,13 @@ import trl.trainer.sft_trainer
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from fastoss.config import Recipe
-from fastoss.data.harmony import IGNORE, Example, HarmonyRenderer
+from fastoss.config import CHANNELS, Recipe
+from fastoss.data.harmony import IGNORE, HarmonyRenderer
 from fastoss.data.packing import Layout, Schedule, collate
+from fastoss.data.store import Examples
 from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
-from fastoss.model.head import chunked_cross_entropy_loss
+from fastoss.model.head import TrainedTokenLoss
 from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import checkpoint_step, publish_checkpoint, writing_folder
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
@@ -34,6 +35,7 @@ _BROKEN_HINT = (
 )
 
 
+_LOGGED = ("loss", *(f"loss_{channel}" for channel in CHANNELS), "learning_rate", "grad_norm", "entropy", "mean_token_accuracy")
 _PATIENCE_S = 15.0  # a person should not wait longer for a sign of life, if steps are shorter than that
 
 
@@ -43,7 +45,7 @@ class ScheduleCollator:
     TRL wants a `datasets.Dataset`, so the trainer is given the numbers as one, and this makes the batches.
     """
 
-    def __init__(self, examples: list[Example], schedule: Schedule, layout: Layout):
+    def __init__(self, examples: Examples, schedule: Schedule, layout: Layout):
         self.examples, self.schedule, self.layout = examples, schedule, layout
 
     def __call__(self, items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
@@ -89,9 +91,9 @@ class Training:
     run: RunDirectory
     console: Console
     metrics: MetricsFile
-    train: list[Example]
+    train: Examples
     schedule: Schedule
-    eval: list[Example]
+    eval: Examples
     eval_batches: list[list[int]]
     layout: Layout
     stop: StopRequest
@@ -163,9 +165,10 @@ class HarmonySFTTrainer(SFTTrainer):
     def __init__(self, training: Training, **arguments: Any):
         self.training = training
         self._micro_batch = 0
+        self.token_loss = TrainedTokenLoss(len(CHANNELS))
         # Same signature and results as TRL's (trl/trainer/sft_trainer.py), two products a token instead of three.
         # To be removed when TRL's own keeps no logits and computes nothing twice; trl is pinned until then.
-        trl.trainer.sft_trainer._chunked_cross_entropy_loss = chunked_cross_entropy_loss
+        trl.trainer.sft_trainer._chunked_cross_entropy_loss = self.token_loss.chunked
         numbers = datasets.Dataset.from_dict({"batch": range(len(training.schedule.batches))})
         collator = ScheduleCollator(training.train, training.schedule, training.layout)
         super().__init__(train_dataset=numbers, data_collator=collator, **arguments)
@@ -181,6 +184,26 @@ class HarmonySFTTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             self._micro_batch = checkpoint_step(Path(resume_from_checkpoint)) * self.args.gradient_accumulation_steps
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.token_loss.mark(inputs.pop("loss_weights"), inputs.pop("channels"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
+        """The weights of a whole global batch's trained tokens, summed: with all weights 1 their number."""
+        if not batch_samples:
+            return None
+        total = torch.stack([batch["loss_weights"][..., 1:].sum(dtype=torch.float64) for batch in batch_samples]).sum().to(device)
+        if world_size() > 1:
+            torch.distributed.all_reduce(total)
+        return total.float()
+
+    def _channel_losses(self, prefix: str = "") -> dict[str, float]:
+        """Mean loss of each channel's trained tokens since the last call, over all ranks and unweighted."""
+        sums = self.token_loss.take_sums().to(self.args.device)
+        if world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        return {f"{prefix}loss_{channel}": (loss / count).item() for channel, (loss, count) in zip(CHANNELS, sums[1:], strict=True) if count > 0}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -205,29 +228,32 @@ class HarmonySFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.state.epoch = self.training.schedule.epoch(self.state.global_step * self.training.batches_per_step)
+        if "loss" in logs:
+            logs |= self._channel_losses()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss over the held-out examples, each trained token counted once, over all ranks."""
+        """Loss over the held-out examples, each trained token counted once with its weight, over all ranks."""
         training = self.training
         batches = training.eval_batches[rank() :: world_size()]
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         started = time.monotonic()
+        self.token_loss.take_sums()
         with torch.no_grad():
             for members in batches:
                 batch = self._prepare_inputs(collate([training.eval[i] for i in members], training.layout))
-                count = (batch["labels"][:, 1:] != IGNORE).sum()
-                if count == 0:
-                    continue  # its mean would be 0 / 0
+                weights = batch.pop("loss_weights")
+                total = weights[:, 1:].sum(dtype=torch.float64)
+                self.token_loss.mark(weights, batch.pop("channels"))
                 mean = self.model(**batch, use_cache=False)["loss"]
-                sums += torch.stack([mean.double() * count, count.double()])
+                sums += torch.stack([mean.double() * total, total])
         if world_size() > 1:
             torch.distributed.all_reduce(sums)
         loss = (sums[0] / sums[1]).item()
         if not math.isfinite(loss):
             raise RunFailed(f"the held-out loss is {loss} at step {self.state.global_step}", hint=_BROKEN_HINT)
-        metrics = {f"{metric_key_prefix}_loss": loss}
+        metrics = {f"{metric_key_prefix}_loss": loss} | self._channel_losses(f"{metric_key_prefix}_")
         self.log(metrics | {f"{metric_key_prefix}_runtime": time.monotonic() - started})
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -273,7 +299,8 @@ class _Cadence(TrainerCallback):
         self.started = 0.0
         self.first_step = 0
         self.last = (0.0, 0)  # (time, tokens) at the last line
-        sizes = (sum(len(training.train[i]) for i in members) for members in training.schedule.batches)
+        lengths = training.train.lengths
+        sizes = (sum(lengths[i] for i in members) for members in training.schedule.batches)
         self.tokens = [0, *itertools.accumulate(sizes)]  # after so many micro-batches; Unsloth's trainer counts none itself
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -301,12 +328,12 @@ class _Cadence(TrainerCallback):
             return
         training, step = self.training, state.global_step
         if "eval_loss" in logs:
-            training.metrics.write(step, {"eval_loss": logs["eval_loss"]})
+            training.metrics.write(step, {key: value for key, value in logs.items() if key.startswith("eval_loss")})
             training.console.say(f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}")
             return
         now = time.monotonic()
         seconds_a_step = (now - self.started) / max(1, step - self.first_step)
-        values: dict[str, Any] = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "entropy", "mean_token_accuracy") if key in logs}
+        values: dict[str, Any] = {key: logs[key] for key in _LOGGED if key in logs}
         tokens = self.tokens[min(step * training.batches_per_step, len(self.tokens) - 1 - training.schedule.fillers)]
         values["num_tokens"] = tokens
         training.metrics.write(step, values | {"epoch": state.epoch, "seconds": round(now - self.started, 3)})

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastoss.config import Recipe, recipe_from_resolved, resolved_dict
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
+from fastoss.data.report import report_to_plain
 from fastoss.errors import FastossError, RunFailed, Stopped
 from fastoss.model.adapter import library_versions, write_stamp
 from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model, ready_for_training
@@ -45,9 +45,10 @@ def train(
     console.say(f"{recipe.name}: {plan.line()}")
     for note in plan.notes:
         console.say(f"note: {note}")
-    dataset = build_dataset(recipe, sample=sample)
+    dataset = build_dataset(recipe, sample=sample, progress=console.say)
     for line in dataset.report.lines():
         console.say(line)
+    _check_weights(dataset, plan)
     layout, schedule = plan_batches(recipe, plan, dataset, world_size())
     facts = run_facts(recipe, plan, dataset, layout)
     with _opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite) as unfinished:
@@ -77,6 +78,14 @@ def _check_processes(recipe: Recipe, plan: ModelPlan, processes: int) -> None:
         raise FastossError("LoRA on 4-bit experts cannot be trained in several processes", place="lora.targets", hint=hint)
 
 
+def _check_weights(dataset: Dataset, plan: ModelPlan) -> None:
+    # Unsloth's own loss on a GPU knows trained tokens and others, and no weights between.
+    weights = dataset.store.spans["weight"]
+    if plan.backend == "unsloth" and plan.device == "gpu" and len(set(weights[weights > 0].tolist())) > 1:
+        hint = 'use model.backend = "transformers", or one weight for all'
+        raise FastossError("weights of channels and messages are not available through Unsloth on a GPU yet", place="format.train_on", hint=hint)
+
+
 def _start_adapter(recipe: Recipe) -> Path | None:
     """The adapter that `model.adapter` names, checked as far as its files tell."""
     if recipe.model.adapter is None:
@@ -90,13 +99,14 @@ def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) 
     """Which micro-batches the run will train on, over all ranks and epochs."""
     rule = batch_rule(recipe, plan)
     schedule = plan_schedule(
-        [len(example) for example in dataset.train],
+        dataset.train.lengths,
         rule,
         epochs=recipe.train.num_train_epochs,
         max_steps=recipe.train.max_steps,
         batches_per_step=recipe.train.gradient_accumulation_steps * ranks,
         ranks=ranks,
         seed=recipe.train.seed,
+        weights=dataset.weights,
     )
     return rule.layout, schedule
 
@@ -192,7 +202,7 @@ def run_facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout)
         "world_size": world_size(),
         "seed": recipe.train.seed,
         "format": recipe.format.model_dump(mode="json"),
-        "data": asdict(dataset.report),
+        "data": report_to_plain(dataset.report),
     }
 
 
@@ -275,7 +285,7 @@ def _save_adapter(trainer: Any, recipe: Recipe, run: RunDirectory, plan: ModelPl
 
 
 def _eval_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset) -> list[list[int]]:
-    return fill_batches(range(len(dataset.eval)), [len(e) for e in dataset.eval], batch_rule(recipe, plan)) if dataset.eval else []
+    return fill_batches(range(len(dataset.eval)), dataset.eval.lengths, batch_rule(recipe, plan)) if dataset.eval else []
 
 
 def _printer() -> type:

@@ -1,0 +1,55 @@
+"""A data file's bytes, unpacked and looked at: every reader of files opens them here."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+from fastoss.data.text_faults import refuse_disguise
+from fastoss.errors import FastossError
+
+LONGEST = 64 << 20  # bytes of one line, list entry or cell: longer ones are a broken file, and would fill the memory
+CHUNK = 1 << 20
+_BUFFER = 1 << 18
+_PACKED = {".gz": ("gzip", b"\x1f\x8b"), ".zst": ("zstd", b"\x28\xb5\x2f\xfd")}
+CUT_SHORT = "the file may be cut short: fetch or write it again"
+
+
+def open_bytes(path: Path, name: str, *, expected: bytes | None = None) -> io.BufferedReader:
+    """Open a file, unpacked if it is packed. Raises `FastossError` when it is something else than its name says."""
+    packing, mark = _PACKED.get(path.suffix.lower(), ("", b""))
+    if packing:
+        with open(path, "rb") as packed:
+            head = packed.read(4096)
+        refuse_disguise(head, name, but=mark)
+        if head and not head.startswith(mark):
+            raise FastossError(f"cannot be read: it is not packed with {packing}, as its ending says", place=name)
+    raw: Any
+    if packing == "gzip":
+        raw = gzip.open(path, "rb")  # noqa: SIM115 (the buffer closes it)
+    elif packing == "zstd":
+        import pyarrow
+
+        # Arrow's reader notices a torn file; the zstandard package ends it without a word.
+        raw = pyarrow.input_stream(str(path), compression="zstd")
+    else:
+        raw = open(path, "rb", buffering=0)  # noqa: SIM115
+    file = io.BufferedReader(raw, _BUFFER)
+    try:
+        refuse_disguise(file.peek(4096)[:4096], name, but=expected)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def sample_of(path: Path, name: str) -> bytes:
+    """The beginning of a file, for a second look at it."""
+    with open_bytes(path, name) as file:
+        return file.read(CHUNK)
+
+
+def too_long(what: str) -> str:
+    return f"the {what} is longer than {LONGEST >> 20} MiB"

@@ -1,0 +1,41 @@
+"""What every reader hands on: a row with its place, or the reason why a row cannot be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastoss.errors import FastossError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The columns of one row, and where it stands: `file:line` (JSONL, CSV) or `file[index]` (JSON, Parquet)."""
+
+    columns: dict[str, Any]
+    place: str
+
+
+class BadRow(FastossError):
+    """A row that cannot be read or understood; `[hygiene] malformed` decides what becomes of it."""
+
+
+KINDS = "a .jsonl, .json, .csv or .parquet file, packed as .gz or .zst or not"
+
+
+def kind_of(name: str) -> str:
+    """`.jsonl`, `.json`, `.csv` or `.parquet`, whatever the file is packed with; empty for other files."""
+    name = name.lower()
+    for packed in (".gz", ".zst"):
+        name = name.removesuffix(packed)
+    kind = Path(name).suffix
+    return kind if kind in (".jsonl", ".json", ".csv", ".parquet") else ""
+
+
+def shown(path: Path) -> str:
+    """A path as people know it: relative where it lies below the current folder."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

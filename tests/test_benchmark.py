@@ -1,0 +1,33 @@
+"""A small form of the CPU benchmark, held against the committed record: a fall to less than half of the ratio is a fault."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+RECORD = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["results"]
+
+
+def test_tokenising_is_as_much_faster_as_it_was(one_thread):
+    from benchmarks.cpu import tokenising
+
+    result = tokenising(count=150, repeats=3)
+    assert result["times_faster"]["median"] > RECORD["tokenising"]["times_faster"]["median"] / 2
+    assert result["whole_way"]["times_faster"]["median"] > RECORD["tokenising"]["whole_way"]["times_faster"]["median"] / 2
+
+
+def test_head_is_as_much_faster_as_it_was(one_thread):
+    from benchmarks.cpu import head
+
+    assert head()["times_faster"]["median"] > RECORD["head"]["times_faster"]["median"] / 2
+
+
+@pytest.mark.parametrize(("name", "key", "limit"), [("million_rows", "peak_memory_gb", 1.5), ("packing", "seconds", 10), ("packing", "fill", None)])
+def test_the_record_meets_its_targets(name, key, limit):
+    assert RECORD[name][key] <= limit if limit else RECORD[name][key] >= 0.98
+    assert RECORD["tokenising"]["times_faster"]["median"] >= 5
