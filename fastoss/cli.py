@@ -98,11 +98,18 @@ def check(
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
     from fastoss.data.overview import compare_templates, overview_lines, overview_plain
+    from fastoss.data.sources import NotCached
 
     try:
         resolved = load_recipe(recipe, set or ())
         dataset = build_dataset(resolved, sample=sample, progress=_progress)
         compared = compare_templates(dataset, resolved) if template else None
+    except NotCached as missing:
+        if json_:
+            typer.echo(json.dumps({"recipe": str(recipe), "ok": True, "data": None, "lines": [missing.note()]}, indent=2, ensure_ascii=False))
+        else:
+            typer.echo(f"{missing.note()}\n{recipe} is fine; its data was not looked at")
+        return
     except FastossError as error:
         if json_:
             typer.echo(json.dumps({"recipe": str(recipe), "ok": False, "error": error.to_plain()}, indent=2, ensure_ascii=False))

@@ -473,3 +473,34 @@ def test_ten_thousand_rows_are_checked_in_seconds(folder):
     begun = time.monotonic()
     assert fastoss("check", folder.recipe).code == 0
     assert time.monotonic() - begun < 10
+
+
+def test_check_compares_templates(folder):
+    result = fastoss("check", folder.recipe, "--template")
+    assert result.code == 0
+    assert "your rows, the official chat template (transformers, Unsloth and llama.cpp ask with it): 11 of 11 prompts and 11 of 11" in result.out
+    verdict = json.loads(fastoss("check", folder.recipe, "--template", "--json").out)
+    assert verdict["template"]["rows"][0]["equal_examples"] == 11
+
+
+def test_show_writes_the_page(folder):
+    page = folder.root / "sub" / "page.html"
+    assert fastoss("show", folder.recipe, "--html", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "我是米卡喵。" in text
+    assert "data.jsonl:8" in text
+    assert text.count("<script") == 2  # the data and the one that draws it
+    assert fastoss("show", folder.recipe, "--html", "/proc/nowhere/page.html").code == 2
+
+
+def test_a_hub_out_of_reach_is_a_note_for_check_and_an_error_for_train(folder):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    folder.recipe.write_text(folder.recipe.read_text().replace("data.jsonl", "hf:some/rows"))
+    result = fastoss("check", folder.recipe, **nowhere)
+    assert result.code == 0
+    assert "note: hf:some/rows: the data set is not in the cache" in result.out
+    assert json.loads(fastoss("check", folder.recipe, "--json", **nowhere).out)["data"] is None
+    assert "note: hf:some/rows" in fastoss("train", folder.recipe, "--dry-run", **nowhere).out
+    result = fastoss("train", folder.recipe, cwd=folder.root, **nowhere)
+    assert (result.code, "hf:some/rows: the data set is not in the cache" in result.err) == (2, True)
+    assert not (folder.root / "runs").exists()

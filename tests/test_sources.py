@@ -240,6 +240,18 @@ def test_bad_lines(tmp_path, content, expected):
         assert good.columns == {"a": "next"}
 
 
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_fault_stays_with_its_row(tmp_path, mark):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + mark + b'{"a": {"b": NaN, "b": 1}, \n{"a": 2}\n')
+    assert [isinstance(row, BadRow) for row in read(path)] == [False, True, False]
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        as_csv([{"chosen": '[{"a": NaN}, {', "rejected": "x", "history": "[]"}, {"chosen": "y", "rejected": "z", "history": '[["a", "b"]]'}])
+    )
+    assert columns(path)[1]["history"] == [["a", "b"]]
+
+
 def test_a_file_that_ends_within_a_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "tex')

@@ -91,15 +91,15 @@ def _with_lists(row: dict[str, Any], lists: set[str], maybe: set[str], strict: S
         certain = column in lists
         if not certain and not cell.lstrip().startswith("[{"):
             continue
+        strict.fault = ""
         try:
             value = strict.decode(cell)
         except (ValueError, RecursionError):
             if certain:
                 return BadRow(f"the cell of `{column}` is not a JSON list", place=place)
             continue
-        fault, strict.fault = strict.fault, ""
-        if fault and certain:
-            return BadRow(f"the cell of `{column}`: {fault}", place=place)
+        if strict.fault and certain:
+            return BadRow(f"the cell of `{column}`: {strict.fault}", place=place)
         if certain or all(isinstance(entry, dict) and entry.keys() & {"role", "from"} for entry in value):
             row[column] = value
     return Row(row, place)

@@ -41,6 +41,9 @@ class NotCached(FastossError):
 
     why = ""
 
+    def note(self) -> str:
+        return f"note: {self.place}: {self.fact}" + (f"\nhint: {self.hint}" if self.hint else "")
+
 
 @dataclass(frozen=True)
 class HubData:

@@ -86,19 +86,21 @@ def read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
                 continue
             if raw.isspace():
                 continue
+            told: Row | BadRow
             try:
                 value = decode(raw.decode())
                 if first and isinstance(value, list) and value and isinstance(value[0], dict):
                     raise _one_list(name)
-                yield row(value, place)
+                told = row(value, place)
             except UnicodeDecodeError as problem:
                 fault, whole = not_utf8(problem, raw, sample_of(path, name), place)
                 if whole:
                     raise fault from None
-                yield BadRow(fault.fact, place=place, hint=fault.hint)
+                told = BadRow(fault.fact, place=place, hint=fault.hint)
             except (ValueError, RecursionError) as problem:
                 strict.fault = ""
-                yield _bad_line(problem, raw, place, strict, first=first)
+                told = _bad_line(problem, raw, place, strict, first=first)
+            yield told
             first = False
 
 
@@ -111,6 +113,7 @@ def _bad_line(problem: ValueError | RecursionError, raw: bytes, place: str, stri
         try:
             return strict.row(strict.decode(raw.decode()), place)
         except (ValueError, RecursionError) as under_mark:
+            strict.fault = ""
             return _bad_line(under_mark, raw, place, strict, first=first)
     start = raw.strip()
     if first and raw.endswith(b"\n") and (start == b"{" or start.startswith(b"[")):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastoss.config import Recipe, resolved_dict
 from fastoss.data.dataset import build_dataset
+from fastoss.data.sources import NotCached
 from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
@@ -20,7 +21,11 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
     # A recipe made for a GPU is judged for one, here or elsewhere.
     gpu = has_gpu() or (recipe.model.name != "tiny" and recipe.model.precision in NEEDS_GPU)
     plan = plan_model(recipe.model, gpu=gpu, installed=has_gpu())
-    dataset = build_dataset(recipe, sample=sample)
+    try:
+        dataset = build_dataset(recipe, sample=sample)
+    except NotCached as missing:
+        dataset = None
+        unseen = missing.note()
     yield f"would train {plan.line()}"
     if gpu and not has_gpu():
         yield "this machine has no GPU: train it on one that has, or here with --set model.name=tiny"
@@ -28,10 +33,13 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
     lora = recipe.lora
     experts = f" (of layers: {lora.expert_layers})" if "experts" in lora.targets else ""
     yield f"LoRA r {lora.r}, alpha {lora.lora_alpha:g}, on {' and '.join(lora.targets)}{experts}"
-    yield from dataset.report.lines()
-    layout, schedule = plan_batches(recipe, plan, dataset, gpus)
-    yield from batch_lines(recipe, layout, steps_of(schedule, recipe, gpus), gpus)
-    yield f"run directory: {run.root} ({_state(recipe, run, run_facts(recipe, plan, dataset, layout) | {'world_size': gpus})})"
+    if dataset is None:
+        yield unseen
+    else:
+        yield from dataset.report.lines()
+        layout, schedule = plan_batches(recipe, plan, dataset, gpus)
+        yield from batch_lines(recipe, layout, steps_of(schedule, recipe, gpus), gpus)
+        yield f"run directory: {run.root} ({_state(recipe, run, run_facts(recipe, plan, dataset, layout) | {'world_size': gpus})})"
     yield ""
     yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)
 
