@@ -31,14 +31,14 @@ class Doc(NamedTuple):
 
 @st.composite
 def docs(draw, branches=True):
-    trunk = draw(st.integers(1, 20))
+    trunk = draw(st.integers(1, 30))
     forks = draw(st.lists(st.integers(1, trunk - 1), max_size=3)) if branches and trunk > 1 else []
     return Doc(trunk, tuple((fork, draw(st.integers(1, 9))) for fork in sorted(forks, reverse=True)))
 
 
 ROWS = st.lists(docs(), min_size=1, max_size=5)
 PLAIN_ROWS = st.lists(docs(branches=False), min_size=1, max_size=5)
-WINDOWS = st.sampled_from([None, 1, 4, 8])
+WINDOWS = st.sampled_from([None, 1, 4, 8, 15])
 quick = settings(max_examples=30, deadline=None)
 
 
@@ -144,6 +144,12 @@ def test_block_mask_is_torchs_own(row, window):
 def test_layout_is_refused_where_positions_jump():
     with pytest.raises(ValueError, match="position 7 at place 3 follows 2 and is beyond the trunk"):
         DocumentLayout.from_positions(torch.tensor([[0, 1, 2, 7, 8]]))
+
+
+def test_rows_may_begin_anywhere():
+    layout = DocumentLayout.from_positions(torch.tensor([[5, 6, 7, 6], [3, 4, 5, 6]]))
+    assert (layout.lengths, layout.rows, layout.fork.tolist()) == ((4, 4), 2, [0, 0, 0, 1, 0, 0, 0, 0])
+    assert layout.visible(None)[3].tolist() == [True, False, False, True, *[False] * 4]
 
 
 def test_layout_of_padding():

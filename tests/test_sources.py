@@ -572,3 +572,27 @@ def test_a_mutated_file_never_gives_a_traceback(tmp_path):
         except FastossError as problem:
             places = [problem.place]
         assert all(str(place).startswith(str(tmp_path / name)) for place in places)
+
+
+def test_blank_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 2}')
+    assert [(row.columns["a"], row.place.rpartition(":")[2]) for row in read_rows(DataSource(source=str(path)))] == [(1, "1"), (2, "4")]
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("none.jsonl", "data file not found"),
+        ("", "the folder holds no data file"),
+        ("*.jsonl", "no file matches"),
+        ("a.txt", "a `.txt` file cannot be read as data"),
+        ("a", "a file without an ending cannot be read as data"),
+    ],
+)
+def test_what_is_no_data(tmp_path, name, fact):
+    if name in ("a", "a.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(FastossError) as caught:
+        list(read_rows(DataSource(source=str(tmp_path / name))))
+    assert fact in caught.value.fact

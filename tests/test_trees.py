@@ -104,8 +104,9 @@ def test_every_token_is_trained_once_after_what_comes_before_it(name):
 def test_what_a_tree_costs():
     chat, plain, tools = (build_tree(CHAINS[name]) for name in ("chat", "no reasoning", "tools"))
     last = len(CHAINS["chat"][-1])
-    analysis, second = (one for one in chat.segments[1:])
-    assert len(chat) == last + len(analysis) + len(second)
+    second, first = chat.segments[1:]  # "La la la." without reasoning, then Mika's with it
+    assert (len(chat), len(second)) == (last + len(first) + len(second), 2)
+    assert len(first) == 1 + len(CHAINS["chat"][0]) - CHAINS["chat"][0].prompt_length
     assert [len(branch) for branch in plain.segments[1:]] == [2, 2]  # the token before <|return|>, and <|return|>
     assert [branch.fork for branch in plain.segments] == [0, *sorted((b.fork for b in plain.segments[1:]), reverse=True)]
     assert len(tools.segments) == 3  # the second chain's call stands in the trunk with its reasoning
@@ -122,9 +123,8 @@ def test_rows_of_trees_are_laid_out_by_their_positions():
     assert layout.lengths == tuple(map(len, trees))
     assert layout.has_branches
     assert batch["examples"].max() == 3 + 1 + 2 - 1
-    assert {name: (values.shape, values.dtype) for name, values in batch.items() if name != "examples"} == {
-        name: (tuple(values.shape), values.numpy().dtype) for name, values in collate(CHAINS["chat"], "packed").items()
-    } | {name: (batch["labels"].shape, batch[name].dtype) for name in batch if name != "examples"}
+    assert batch.keys() == collate(CHAINS["chat"], "packed").keys() | {"examples"}
+    assert {values.shape for values in batch.values()} == {(1, sum(map(len, trees)))}
     filler = collate_trees(trees, train=False)
     assert (filler["labels"] == -100).all()
     assert filler["loss_weights"].sum() == filler["channels"].sum() == 0
