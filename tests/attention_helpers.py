@@ -73,3 +73,48 @@ def plain_flash() -> FlashOperations:
         return dq, dk, dv
 
     return FlashOperations(forward, backward)
+
+
+def random_layout(tokens: int, seed: int, device: str = "cpu", trees: bool = False) -> DocumentLayout:
+    """Documents of chat-like lengths (lognormal, median 600 at 16k tokens), one of a single token; `trees`: with two branches each."""
+    random = torch.Generator().manual_seed(seed)
+    parts, left = [torch.arange(1)], tokens - 1
+    while left:
+        drawn = int((torch.randn((), generator=random) * 0.9 + torch.tensor(600.0 * tokens / 16384).log()).exp())
+        length = min(max(2, drawn), left)
+        trunk = max(1, length // 2) if trees else length
+        first = (length - trunk) // 2
+        branches = [n for n in (first, length - trunk - first) if n]
+        forks = sorted((int(torch.randint(trunk, (), generator=random)) for _ in branches), reverse=True)
+        parts += [torch.arange(trunk), *(fork + torch.arange(n) for fork, n in zip(forks, branches, strict=True))]
+        left -= length
+    return DocumentLayout.from_positions(torch.cat(parts)[None]).to(device)
+
+
+def random_inputs(tokens: int, dtype: torch.dtype, device: str, heads: int = 64, kv_heads: int = 8, head_dim: int = 64, seed: int = 0):
+    """Query, key, value (1, heads, tokens, head_dim), sinks (heads,) and an upstream gradient (tokens, heads, head_dim)."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = [(1, heads, tokens, head_dim), (1, kv_heads, tokens, head_dim), (1, kv_heads, tokens, head_dim), (heads,), (tokens, heads, head_dim)]
+    made = [torch.randn(shape, generator=random).to(device, dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in made[:4]], made[4]
+
+
+def output_and_gradients(kernel, inputs, upstream, *arguments) -> list[torch.Tensor]:
+    """What a kernel gives: output, and the gradients of query, key, value and sinks."""
+    output = kernel(*inputs, *arguments)
+    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+def check_kernel(kernel, reference, layout: DocumentLayout, window: int | None, dtype: torch.dtype, device: str, seed: int = 0, **shape) -> None:
+    """Hold a kernel against the float64 reference: at most thrice as far from it as the reference computed in `dtype`."""
+    inputs, upstream = random_inputs(layout.tokens, dtype, device, seed=seed, **shape)
+    scaling = inputs[0].shape[-1] ** -0.5
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = output_and_gradients(reference, exact, upstream.double(), layout, window, scaling)
+    rounded = output_and_gradients(reference, inputs, upstream, layout, window, scaling)
+    poison = torch.full((64, *inputs[0].shape), float("nan"), dtype=dtype, device=device)  # what was not written should be seen
+    del poison
+    ours = output_and_gradients(kernel, inputs, upstream, layout, window, scaling)
+    for name, got, near, want in zip(("output", "dq", "dk", "dv", "dsinks"), ours, rounded, expected, strict=True):
+        error, allowed = (got.double() - want).abs().max().item(), (near.double() - want).abs().max().item()
+        assert error <= 3 * allowed + 1e-5 * want.abs().max().item(), f"{name}: off by {error:.2e}, the reference in {dtype} by {allowed:.2e}"

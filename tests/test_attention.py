@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from fastoss.errors import FastossError
 from fastoss.model import attention, attention_kernels, attention_layout
 from fastoss.model.attention import choose_kernel, kernel_line, register_packed_attention
-from fastoss.model.attention_kernels import FlashOperations
 from fastoss.model.attention_layout import DocumentLayout
 
-from .attention_helpers import LORA_TARGETS, WINDOW, plain_flash, small_model, sum_of_losses
+from .attention_helpers import LORA_TARGETS, check_kernel, plain_flash, random_layout, small_model, sum_of_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -338,6 +337,18 @@ def test_flash4_calls_the_interface_as_its_source_says(monkeypatch):
     assert called["learnable_sink"] is sinks
 
 
+def test_what_holds_kernels_on_a_gpu_runs_here():
+    """tests/test_gpu.py's yardstick, around a kernel that is right and one whose sinks are off."""
+    for trees, kernel in ((False, lambda *a: attention_kernels.flash(*a, plain_flash())), (True, attention_kernels.eager)):
+        layout = random_layout(130, 1, trees=trees)
+        assert layout.tokens == 130
+        assert layout.has_branches == trees
+        check_kernel(kernel, attention_kernels.eager, layout, 16, torch.float32, "cpu", heads=4, kv_heads=2)
+    wrong = lambda q, k, v, sinks, *rest: attention_kernels.eager(q, k, v, sinks + 0.01, *rest)  # noqa: E731
+    with pytest.raises(AssertionError, match="output: off by"):
+        check_kernel(wrong, attention_kernels.eager, layout, 16, torch.float32, "cpu", heads=4, kv_heads=2)
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------------
 
 
@@ -567,7 +578,3 @@ def test_packed_equals_unpacked_under_unsloth(rows):
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in their_gradients} >= {*LORA_TARGETS, "experts"}
     for name, gradient in their_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5)
-
-
-assert WINDOW == 8
-assert FlashOperations._fields == ("forward", "backward")

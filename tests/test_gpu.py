@@ -9,8 +9,13 @@ from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import LOSS_MARKS, collate
+from fastoss.data.trees import build_tree, collate_trees
+from fastoss.model import attention_kernels
+from fastoss.model.attention_layout import DocumentLayout
 from fastoss.model.backend import attach_lora, load_model, plan_model
 from fastoss.model.head import TrainedTokenLoss
+
+from .attention_helpers import check_kernel, output_and_gradients, random_inputs, random_layout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -47,3 +52,139 @@ def test_packed_documents_stay_apart_on_the_gpu():
         together = hidden(examples)
         apart = torch.cat([hidden([example]) for example in examples])
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-3)
+
+
+# --- attention kernels ---------------------------------------------------------------------------------------------------
+
+KERNELS = {"flex": attention_kernels.flex, "flash": attention_kernels.flash, "flash4": attention_kernels.flash4}
+
+
+def kernel_here(name: str):
+    """The kernel, or a skip that says why this machine has none."""
+    major, _ = torch.cuda.get_device_capability()
+    if name == "flash" and major < 8:
+        pytest.skip("FlashAttention needs compute capability 8.0")
+    if name == "flash4":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+        if major not in (9, 10, 11):
+            pytest.skip("FlashAttention 4 has a backward pass with sinks on Hopper and Blackwell only")
+    return KERNELS[name]
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_equals_the_float64_reference(name, dtype, window):
+    """Ragged documents, GQA, odd lengths: output and the gradients of query, key, value and sinks."""
+    if dtype == torch.float32 and name != "flex":
+        pytest.skip("flash kernels take bf16 and fp16 only")
+    for tokens, seed in ((1, 0), (127, 1), (1000, 2), (4096, 3)):
+        layout = random_layout(tokens, seed, "cuda")
+        for heads, kv_heads in ((64, 8), (4, 4)):
+            check_kernel(kernel_here(name), attention_kernels.eager, layout, window, dtype, "cuda", seed, heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+def test_flex_on_trees_equals_the_float64_reference(dtype, window):
+    for tokens, seed in ((200, 1), (1000, 2), (4096, 3)):
+        check_kernel(kernel_here("flex"), attention_kernels.eager, random_layout(tokens, seed, "cuda", trees=True), window, dtype, "cuda", seed)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_document_on_the_gpu_does_not_change_with_its_neighbours(name):
+    """Forward, bit for bit: each document is a problem of its own to these kernels."""
+    kernel = kernel_here(name)
+    outputs = []
+    for seed in (1, 2):
+        (q, k, v, _), _ = random_inputs(900, torch.bfloat16, "cuda", seed=seed)
+        (own_q, own_k, own_v, own_sinks), _ = random_inputs(384, torch.bfloat16, "cuda", seed=0)
+        where = slice(256, 640)  # blocks begin where the document does, so that only its neighbours differ
+        with torch.no_grad():
+            for tensor, own in ((q, own_q), (k, own_k), (v, own_v)):
+                tensor[:, :, where] = own
+            layout = DocumentLayout.from_positions(torch.cat([torch.arange(n) for n in (256, 384, 260)])[None].cuda())
+            outputs.append(kernel(q, k, v, own_sinks, layout, 128, 0.125)[where])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_layer_waits_for_nothing_and_new_lengths_compile_nothing(name):
+    """After two lengths each row is new: no compilation, and no wait of the host for the device."""
+    kernel = kernel_here(name)
+
+    def run(layout):
+        inputs, upstream = made[layout.tokens]
+        for window in (None, 128):
+            output_and_gradients(kernel, inputs, upstream, layout, window, 0.125)
+
+    sizes = (1000, 1500, 2048, 3001, 777)
+    made = {tokens: random_inputs(tokens, torch.bfloat16, "cuda") for tokens in sizes}
+    layouts = [random_layout(tokens, seed, "cuda") for seed, tokens in enumerate(sizes)]
+    for layout in layouts[:3]:
+        run(layout)
+    torch.cuda.synchronize()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for layout in layouts[3:]:
+                run(layout)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def milliseconds(action, repeats: int = 7) -> float:
+    """Median time on the device, warmed up."""
+    times = []
+    for _ in range(3 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        action()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[repeats // 2]
+
+
+def test_kernels_are_faster_than_the_reference(capsys):
+    """gpt-oss's shape, 16,384 tokens of chat-like documents, forward and backward: times as ratios to the per-document reference."""
+    lines, ratios = [], {}
+    for trees in (False, True):
+        layout = random_layout(16_384, 0, "cuda", trees=trees)
+        inputs, upstream = random_inputs(layout.tokens, torch.bfloat16, "cuda")
+        for window in (None, 128):
+            base = milliseconds(lambda: output_and_gradients(attention_kernels.eager, inputs, upstream, layout, window, 0.125))  # noqa: B023
+            for name in ("flex",) if trees else KERNELS:
+                try:
+                    kernel = kernel_here(name)
+                except pytest.skip.Exception as reason:
+                    lines.append(f"{name}: {reason}")
+                    continue
+                took = milliseconds(lambda: output_and_gradients(kernel, inputs, upstream, layout, window, 0.125))  # noqa: B023
+                ratios[name, trees, window] = base / took
+                shape = f"{'trees' if trees else 'documents'}, window {window}"
+                lines.append(f"{name:6} {shape:24} {took:8.2f} ms, {base / took:5.1f} times as fast as the reference")
+    with capsys.disabled():
+        print("\n" + "\n".join([torch.cuda.get_device_name(), *lines]))
+    assert min(ratios.values()) > 1
+
+
+def test_kernels_agree_in_the_model(monkeypatch):
+    """The tiny model in float32: loss and LoRA gradients of a packed row with trees by FlexAttention, against the reference."""
+    config = ModelConfig(name="tiny", precision="float32", backend="transformers")
+    plan = plan_model(config, gpu=True)
+    model, _, _ = attach_lora(load_model(config, plan), LoraSettings(r=4), plan)
+    renderer = HarmonyRenderer(FormatSettings())
+    chat = tuple(m for n in (5, 150, 40) for m in (Message("user", "word " * n), Message("assistant", "ok " * n, "hm")))
+    trees = [build_tree(renderer.render_examples(Conversation(chat))), build_tree(renderer.render_examples(Conversation(chat[:2])))]
+    batch = {name: torch.from_numpy(values).cuda() for name, values in collate_trees(trees).items()}
+    results = []
+    for kernel in ("eager", "flex"):
+        monkeypatch.setenv("FASTOSS_ATTENTION", kernel)
+        model.zero_grad()
+        hidden = model.get_base_model().model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        loss = TrainedTokenLoss().chunked(hidden, model.get_base_model().lm_head.weight, labels=batch["labels"])[0]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

@@ -117,7 +117,7 @@ def test_harmony_text_with_a_rival():
     assert pair({"text": text, "rejected_response": "b"}).rejected.reasoning_effort == "high"
     assert "chosen and rejected differ in message 1 already" in refusal({"text": HARMONY_USER + LAST, "rejected_messages": longer}).fact
     fact = refusal({"messages": [USER, CHOSEN], "system": "s", "rejected_messages": [{"role": "assistant", "content": None}]}).fact
-    assert fact == "the rejected answer: message 3 (assistant) is missing or null"
+    assert fact == "the rejected answer: the text of message 3 (assistant) is missing or null"
 
 
 def test_identity_and_names_of_columns():

@@ -328,13 +328,13 @@ def test_training_refuses_labels_that_were_not_rendered(folder, monkeypatch):
     code = (
         "import fastoss.training.train, fastoss.data.packing as packing\n"
         "from fastoss.cli import main\n"
-        "import fastoss.training.sft as sft\n"
+        "import fastoss.training.scheduled as scheduled\n"
         "real = packing.collate\n"
         "def forged(examples, layout, train=True):\n"
         "    batch = real(examples, layout, train=train)\n"
         "    batch['labels'][0, 3] = batch['input_ids'][0, 3]\n"
         "    return batch\n"
-        "sft.collate = forged\n"
+        "scheduled.collate = forged\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code, "train", str(folder.recipe), "--output", str(folder.root / "run")]
@@ -397,3 +397,19 @@ def test_every_recipe_takes_its_first_step_on_the_tiny_model(recipe, tmp_path):
     assert result.code == 0, result.err
     assert "the tiny model runs in float32 without a GPU" in result.err
     assert len(losses(run)) == 1
+
+
+def test_channels_are_weighed_and_watched(folder):
+    """Before a weight has moved, each channel's loss is what it is without weights, and the loss is their weighted mean."""
+    settings = ("--set", "train.max_steps=1", "--set", "train.per_device_train_batch_size=11", *EVAL)
+    weights = ("--set", "format.train_on={analysis = 0.25, final = 2.0}")
+    plain, weighed = (metrics(trained(folder, name, *settings, *more)) for name, more in (("plain", ()), ("weighed", weights)))
+    counts = json.loads((folder.root / "plain" / "manifest.json").read_text())["data"]["trained_by_channel"]
+    for key in ("loss_analysis", "loss_final"):
+        assert weighed[0][key] == pytest.approx(plain[0][key], rel=1e-6)
+    for entry, scale in ((plain[0], {"analysis": 1.0, "final": 1.0}), (weighed[0], {"analysis": 0.25, "final": 2.0})):
+        total = sum(scale[channel] * count for channel, count in counts.items())
+        mean = sum(scale[channel] * count * entry[f"loss_{channel}"] for channel, count in counts.items()) / total
+        assert entry["loss"] == pytest.approx(mean, rel=1e-5)
+    held_out = next(entry for entry in weighed if "eval_loss" in entry)
+    assert held_out["eval_loss"] == pytest.approx(held_out["eval_loss_final"], rel=1e-6)  # it has no reasoning

@@ -106,7 +106,7 @@ def test_what_a_tree_costs():
     last = len(CHAINS["chat"][-1])
     second, first = chat.segments[1:]  # "La la la." without reasoning, then Mika's with it
     assert (len(chat), len(second)) == (last + len(first) + len(second), 2)
-    assert len(first) == 1 + len(CHAINS["chat"][0]) - CHAINS["chat"][0].prompt_length
+    assert len(first) == len(CHAINS["chat"][0]) - CHAINS["chat"][0].prompt_length  # its first, <|channel|>, stands in the trunk
     assert [len(branch) for branch in plain.segments[1:]] == [2, 2]  # the token before <|return|>, and <|return|>
     assert [branch.fork for branch in plain.segments] == [0, *sorted((b.fork for b in plain.segments[1:]), reverse=True)]
     assert len(tools.segments) == 3  # the second chain's call stands in the trunk with its reasoning

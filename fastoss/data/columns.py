@@ -55,6 +55,12 @@ def replaced_columns(row: Row, columns: Mapping[str, str]) -> set[str]:
     return (columns.keys() & row.columns.keys()) - set(map(_top(row.columns), columns.values()))
 
 
+def near_column(name: str) -> str | None:
+    """The column that a name without meaning to us was perhaps meant to be."""
+    close = [] if name in KNOWN_COLUMNS else difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.7)
+    return close[0] if close else None
+
+
 def _reached(columns: dict[str, Any], name: str) -> Any:
     if name in columns:
         return columns[name]

@@ -23,6 +23,7 @@ import numpy
 from fastoss.config import DataSource, Recipe
 from fastoss.data.judge import Judge, Refusals
 from fastoss.data.report import DataReport, counted, report_from_plain, report_to_plain
+from fastoss.data.rows import shown
 from fastoss.data.sources import read_rows, source_identity, source_notes
 from fastoss.data.store import KINDS, Examples, StoreWriter, TokenStore
 from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
@@ -159,8 +160,10 @@ class _Build:
         report.train_examples = len(held_out) - report.eval_examples
         self._refuse_untrained()
         if report.train_examples == 0:
-            gone = [f"{tally.count:,} × {reason}" for reason, tally in report.drops.items()]
-            raise FastossError(f"no training example is left ({'; '.join(gone)})", place=self.recipe.data[0].source)
+            gone = [f"{tally.count:,} × {reason}: {tally.listed()}" for reason, tally in report.drops.items()]
+            hint = "mend these rows, or change what left them out: a policy of [hygiene], model.max_length, format.train_on"
+            place = shown(Path(self.recipe.data[0].source))
+            raise FastossError(f"no training example is left ({'; '.join(gone)})", place=place, hint=hint)
         lengths, spans = store.examples["length"], store.spans
         in_train = numpy.repeat(~held_out, store.examples["spans"])
         sizes = (spans["end"] - spans["start"]).astype(numpy.int64)
@@ -172,12 +175,21 @@ class _Build:
         report.trained_by_channel = {str(channel): int(n) for (_, channel), n in zip(KINDS, trained_by_kind, strict=True) if channel and n}
         report.longest = max([int(lengths.max()), *self.judge.too_long])
         report.fingerprint = _fingerprint(self.folder, held_out)
-        if self.recipe.eval.fraction and not report.eval_examples:
-            report.notes.append(f"no evaluation: {self.recipe.eval.fraction:g} of {counted(report.train_rows, 'row')} makes none")
+        if not report.eval_examples:
+            report.notes += self._why_no_evaluation()
         numpy.save(self.folder / "held_out.npy", held_out)
         kinds = [[channel or role, int(n), int(t)] for (role, channel), n, t in zip(KINDS, by_kind, trained_by_kind, strict=True)]
         meta = {"report": report_to_plain(report), "kinds": kinds, "too_long": _histogram(self.judge.too_long)}
         self.writer.complete(meta)
+
+    def _why_no_evaluation(self) -> list[str]:
+        settings, rows = self.recipe.eval, self.report.train_rows
+        if settings.data:
+            return ["no evaluation: no row of [[eval.data]] is left"]
+        if not settings.fraction:
+            return []
+        share = f"no evaluation: {settings.fraction:g} of {counted(rows, 'row')}"
+        return [f"{share} makes none" if round(settings.fraction * rows) < 1 else f"{share}: they are too few, or too much alike, to be divided"]
 
     def _held_out_rows(self) -> numpy.ndarray:
         """Which rows are held out: those of `[[eval.data]]`, or those whose hash lies below `eval.fraction`.

@@ -165,7 +165,8 @@ def _after(system: list[Any], entries: list[Any]) -> Reading:
 def message_entries(value: Any, name: str, place: str) -> list[Any]:
     """A list of messages; ShareGPT's {from, value} in the words of the others."""
     if not isinstance(value, list) or not value:
-        raise BadRow(f"`{name}` is not a list of messages", place=place)
+        why = ": it is missing or null" if value is None else ": it is empty" if value == [] else ""
+        raise BadRow(f"`{name}` is not a list of messages{why}", place=place)
     if isinstance(value[0], dict) and "from" in value[0]:
         return [_from_sharegpt(entry, number, place) if isinstance(entry, dict) else entry for number, entry in enumerate(value, 1)]
     return value

@@ -16,11 +16,13 @@ _WIDE_PUNCTUATION = "…。，、！？；：“”‘’"
 
 def content_key(said: Iterable[Conversation]) -> int:
     """64 bits of what conversations say (a row's one, or a pair's two); rows that say the same have the same key."""
-    return _hash("\0".join(_texts(said)).encode())
+    said = list(said)
+    beside = [part for conversation in said for part in (conversation.current_date or "", *map(repr, conversation.tools))]
+    return _hash("\0".join(_texts(said) + beside).encode())
 
 
 def near_key(said: Iterable[Conversation]) -> int:
-    """64 bits of what conversations say, but for case, width, spaces and punctuation (NFKC, case folded)."""
+    """64 bits of what conversations say, but for case, width, spaces and punctuation (NFKC, case folded), date and tools."""
     text = " \0 ".join(_texts(said)).casefold()
     if not text.isascii():
         for mark in _WIDE_PUNCTUATION:

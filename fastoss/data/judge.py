@@ -10,6 +10,7 @@ from itertools import repeat
 from typing import IO
 
 from fastoss.config import DataSource, Recipe
+from fastoss.data.columns import near_column
 from fastoss.data.conversation import Conversation
 from fastoss.data.formats import row_to_conversation, unread_columns
 from fastoss.data.harmony import Example, HarmonyRenderer
@@ -17,7 +18,7 @@ from fastoss.data.hygiene import content_key, excerpt, has_empty_reasoning, near
 from fastoss.data.mojibake import first_mojibake, repaired
 from fastoss.data.preferences import row_to_preference, unread_pair_columns
 from fastoss.data.report import DataReport
-from fastoss.data.sources import BadRow, Row
+from fastoss.data.rows import BadRow, Row, spelled
 from fastoss.data.store import part_of
 from fastoss.errors import FastossError
 
@@ -77,8 +78,9 @@ class Judge:
                 raise row
             said = self._read(row, source)
         except BadRow as problem:
-            begins = shortened(json.dumps(row.columns, ensure_ascii=False, default=str)) if isinstance(row, Row) else ""
-            problem.hint = problem.hint or 'mend the row, or set hygiene.malformed = "drop"'
+            begins = _begins(row) if isinstance(row, Row) else ""
+            problem.fact = spelled(problem.fact)
+            problem.hint = problem.hint or self._hint(row, source)
             self._verdict(self.hygiene.malformed, problem, problem.fact, begins)
             return None
         mended: list[Conversation] = []
@@ -89,13 +91,26 @@ class Judge:
             mended.append(whole)
         return tuple(mended) if self._stands_alone(mended, held_out) else None
 
+    def _hint(self, row: Row | BadRow, source: DataSource) -> str:
+        """What to do about a row that is not understood: a column may only be misspelled."""
+        misspelled = isinstance(row, Row) and self.hygiene.malformed == "error"
+        for name in sorted(self._unread(row, source)) if misspelled else ():
+            close = near_column(name)
+            if close and close not in row.columns:
+                return f"the row has `{name}`: did you mean `{close}`?"
+        return 'mend the row, or set hygiene.malformed = "drop"'
+
+    def _unread(self, row: Row, source: DataSource) -> set[str]:
+        pairs = self.recipe.method == "dpo"
+        unread = unread_pair_columns(row, source.columns) if pairs else unread_columns(row, source.format, source.columns)
+        return {spelled(name) for name in unread}
+
     def _read(self, row: Row, source: DataSource) -> tuple[Conversation, ...]:
         identity = self.recipe.format.identity
+        self.report.unread.update(self._unread(row, source))
         if self.recipe.method == "dpo":
-            self.report.unread.update(unread_pair_columns(row, source.columns))
             pair = row_to_preference(row, identity, source.columns)
             return pair.chosen, pair.rejected
-        self.report.unread.update(unread_columns(row, source.format, source.columns))
         return (row_to_conversation(row, source.format, identity, source.columns),)
 
     def _mended(self, conversation: Conversation) -> Conversation | None:
@@ -157,7 +172,10 @@ class Judge:
         """
         if len(said) == 1:
             (conversation,) = said
-            return [[turn for turn in map(self._fitting, self.renderer.render_examples(conversation), repeat(conversation)) if turn]]
+            examples = self.renderer.render_examples(conversation)
+            if not examples:  # `turns = "last"`, and the row leaves its last answer out
+                self._drop("the last answer is not to be trained (format.turns)", conversation.place, excerpt(conversation))
+            return [[turn for turn in map(self._fitting, examples, repeat(conversation)) if turn]]
         both = [self._fitting(self.renderer.render_last(conversation), conversation) for conversation in said]
         return [[turn] if turn and all(both) else [] for turn in both]
 
@@ -205,3 +223,12 @@ class Judge:
         self._listed += 1
         if self._listed <= _DROPPED_LISTED:
             self.dropped.write(json.dumps({"place": place, "unit": unit, "reason": reason, "excerpt": begins}, ensure_ascii=False) + "\n")
+
+
+def _begins(row: Row) -> str:
+    """The beginning of a row, for the list of those that were dropped."""
+    try:
+        text = json.dumps(row.columns, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # Parquet's maps may have keys of any type; JSON may be nested deep
+        text = ", ".join(map(str, row.columns))
+    return spelled(shortened(text))

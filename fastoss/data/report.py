@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastoss.data.formats import KNOWN_COLUMNS
+from fastoss.data.columns import near_column
 
 _SHOWN = 5  # so many places are listed for each reason
 
@@ -69,8 +68,8 @@ class DataReport:
         for what, tally in self.kept.items():
             lines.append(f"{tally.count:,} of {self._all(tally):,} {tally.unit}: {what} ({tally.listed()})")
         for name, count in self.unread.most_common():
-            close = [] if name in KNOWN_COLUMNS else difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.7)
-            lines.append(f"the column `{name}` of {counted(count, 'row')} is not read" + (f": did you mean `{close[0]}`?" if close else ""))
+            close = near_column(name)
+            lines.append(f"the column `{name}` of {counted(count, 'row')} is not read" + (f": did you mean `{close}`?" if close else ""))
         return lines + self.notes
 
     def _all(self, tally: Tally) -> int:

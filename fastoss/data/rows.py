@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,17 @@ def kind_of(name: str) -> str:
     return kind if kind in (".jsonl", ".json", ".csv", ".parquet") else ""
 
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def spelled(text: str) -> str:
+    """The text with control characters and halves of characters spelled out (`\\x1b`, `\\ud83d`): it can be written and printed."""
+    return _UNPRINTABLE.sub(lambda letter: letter[0].encode("unicode_escape").decode(), text)
+
+
 def shown(path: Path) -> str:
     """A path as people know it: relative where it lies below the current folder."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        return spelled(str(path.relative_to(Path.cwd())))
     except ValueError:
-        return str(path)
+        return spelled(str(path))

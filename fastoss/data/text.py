@@ -30,7 +30,7 @@ def content_of(entry: dict[str, Any], number: int, role: str, place: str) -> str
     if type(value) is str and value[:1] != _BOM:  # almost always
         return value
     what = f"message {number} ({role})"
-    return "".join(_part(part, what, place) for part in value) if isinstance(value, list) else text_of(value, what, place)
+    return "".join(_part(part, what, place) for part in value) if isinstance(value, list) else text_of(value, f"the text of {what}", place)
 
 
 def _part(part: Any, what: str, place: str) -> str:

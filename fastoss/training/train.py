@@ -224,7 +224,8 @@ def _train_model(
 
     # From here on: Unsloth, if it is used, has been imported, and TRL may be.
     from fastoss.training.samples import Samples
-    from fastoss.training.sft import HarmonySFTTrainer, StopRequest, Training, check_first_batch, sft_config
+    from fastoss.training.scheduled import StopRequest, Training
+    from fastoss.training.sft import HarmonySFTTrainer, check_first_batch, sft_config
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
