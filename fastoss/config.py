@@ -187,13 +187,24 @@ class TrainSettings(_Section):
     seed: int = Field(42, ge=0)
 
 
+DpoLoss = Literal[
+    "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft"
+]  # fmt: skip
+
+
 class DpoSettings(_Section):
     """Preferences, in TRL's words."""
 
     beta: float = Field(0.1, gt=0)
-    loss_type: Strings = ("sigmoid",)
-    reference: Literal["start", "adapter_off"] = "start"
-    score_on: Annotated[tuple[Literal["analysis", "final"], ...], BeforeValidator(_as_tuple)] = ("analysis", "final")
+    loss_type: Annotated[tuple[DpoLoss, ...], BeforeValidator(_as_tuple)] = Field(
+        ("sigmoid",), min_length=1, description="TRL's losses, added up; sft: cross-entropy of the chosen answer"
+    )
+    loss_weights: Annotated[tuple[float, ...], BeforeValidator(_as_tuple)] | None = Field(None, description="one for each loss; 1 unless given")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs that may be labelled the wrong way round (robust, exo_pair)")
+    reference: Literal["start", "adapter_off"] = Field("start", description="start: the adapter that the run began from; adapter_off: the base model")
+    score_on: Annotated[tuple[Literal["analysis", "commentary", "final"], ...], BeforeValidator(_as_tuple)] = Field(
+        ("analysis", "commentary", "final"), min_length=1, description="channels whose tokens make an answer's log-probability"
+    )
 
 
 class CheckpointSettings(_Section):
@@ -334,5 +345,7 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     eval_changes: dict[str, Any] = {"data": located(recipe.eval.data)}
     if recipe.eval.data and "fraction" not in recipe.eval.model_fields_set:
         eval_changes["fraction"] = 0.0
+    if recipe.method == "dpo" and recipe.dpo is None:
+        return _resolve(recipe.model_copy(update={"dpo": DpoSettings()}), folder)
     changed = {"train": train.model_copy(update=changes), "eval": recipe.eval.model_copy(update=eval_changes), "data": located(recipe.data)}
     return recipe.model_copy(update=changed)

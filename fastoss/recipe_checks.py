@@ -11,13 +11,12 @@ from fastoss.errors import FastossError
 from fastoss.recipe_errors import RecipeSource
 
 if TYPE_CHECKING:
-    from fastoss.config import DataSource, Recipe
+    from fastoss.config import DataSource, DpoSettings, Recipe
 
 TOKENS_PER_BATCH = 16384  # where the recipe names neither tokens nor rows of a batch
 
 # Settings of the design that this version cannot honour yet: refused, never ignored.
 _NOT_YET: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("method",), "dpo", "this version trains SFT only"),
     (("train", "on_oom"), "split", 'use a smaller tokens_per_batch, with on_oom = "error"'),
     (("distributed", "strategy"), "zero2", 'use strategy = "ddp"'),
     (("distributed", "strategy"), "zero3", 'use strategy = "ddp"'),
@@ -38,6 +37,8 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     # What was written is refused for what it says, before what this version cannot do yet.
     if recipe.dpo is not None and recipe.method == "sft":
         refuse(("dpo",), '`[dpo]` belongs to method = "dpo", and this recipe says method = "sft"', "remove the section, or change the method")
+    if recipe.dpo is not None:
+        _check_dpo(recipe.dpo, refuse)
     for key, value, hint in _NOT_YET:
         have: Any = recipe
         for part in key:
@@ -93,6 +94,17 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
         refuse(("eval", "fraction"), "`eval.fraction` and `[[eval.data]]` contradict each other", hint)
     if recipe.hub.repo is not None and not recipe.hub.push:
         refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
+
+
+def _check_dpo(dpo: DpoSettings, refuse: Any) -> None:
+    if set(dpo.loss_type) == {"sft"}:
+        refuse(("dpo", "loss_type"), '"sft" alone compares no answers', 'add it to another: ["sigmoid", "sft"]; or use method = "sft"')
+    if len(set(dpo.loss_type)) < len(dpo.loss_type):
+        refuse(("dpo", "loss_type"), "a loss is named twice")
+    if dpo.loss_weights is not None and len(dpo.loss_weights) != len(dpo.loss_type):
+        refuse(("dpo", "loss_weights"), f"{len(dpo.loss_weights)} weights for {len(dpo.loss_type)} losses", "give one for each, in their order")
+    if "exo_pair" in dpo.loss_type and dpo.label_smoothing == 0:
+        refuse(("dpo", "label_smoothing"), '"exo_pair" needs label_smoothing above 0', "its paper recommends 0.001")
 
 
 def _check_source(data: DataSource, key: tuple[str, ...], refuse: Any) -> None:

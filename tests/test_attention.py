@@ -93,9 +93,12 @@ def test_layout_sees_what_the_rule_says(row, window):
     assert torch.equal(layout.visible(window), seen)
     assert layout.has_branches == any(doc.branches for doc in row)
     assert list(layout.lengths) == [doc.trunk + sum(n for _, n in doc.branches) for doc in row]
-    for start, end in layout.documents():
-        assert torch.equal(layout.visible(window, start, end), seen[start:end, start:end])
-        assert not seen[start:end, :start].any()
+    for parts in layout.parts(5, window):
+        for document, first, last, keys in parts:
+            places = torch.cat([torch.arange(*run) for run in keys])
+            assert torch.equal(layout.visible(window, slice(first, last), keys), seen[first:last, places])
+            assert seen[first:last].any(0).nonzero().flatten().tolist() == places.tolist()
+            assert document <= places[0]
 
 
 def from_blocks(mask, tokens: int, block: int) -> torch.Tensor:
@@ -119,12 +122,10 @@ def from_blocks(mask, tokens: int, block: int) -> torch.Tensor:
 @quick
 @given(ROWS, WINDOWS)
 def test_block_mask_is_the_mask_place_by_place(row, window):
-    before, attention_layout.BLOCK = attention_layout.BLOCK, 8
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_layout, "BLOCK", 8)
         layout = DocumentLayout.from_positions(positions_of(row))
         assert torch.equal(from_blocks(layout.block_mask(window), layout.tokens, 8), layout.visible(window))
-    finally:
-        attention_layout.BLOCK = before
 
 
 @pytest.mark.parametrize("window", [None, 128])
@@ -149,6 +150,7 @@ def test_rows_may_begin_anywhere():
     layout = DocumentLayout.from_positions(torch.tensor([[5, 6, 7, 6], [3, 4, 5, 6]]))
     assert (layout.lengths, layout.rows, layout.fork.tolist()) == ((4, 4), 2, [0, 0, 0, 1, 0, 0, 0, 0])
     assert layout.visible(None)[3].tolist() == [True, False, False, True, *[False] * 4]
+    assert DocumentLayout.from_positions(torch.tensor([[1, 1, 1, 0, 1, 2]])).lengths == (1, 1, 1, 3)
 
 
 def test_layout_of_padding():
@@ -172,11 +174,13 @@ def test_layout_travels():
 
 
 @quick
-@given(ROWS, WINDOWS, st.integers(0, 99))
-def test_eager_is_exact(row, window, seed):
+@given(ROWS, WINDOWS, st.integers(0, 99), st.sampled_from([3, 128]))
+def test_eager_is_exact(row, window, seed, rows):
     layout = DocumentLayout.from_positions(positions_of(row))
     inputs = tensors(layout.tokens, seed=seed)
-    assert_same(attention_kernels.eager(*inputs, layout, window, 0.3), dense(*inputs, seen_by_rule(row, window), 0.3), inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_kernels, "EAGER_ROWS", rows)
+        assert_same(attention_kernels.eager(*inputs, layout, window, 0.3), dense(*inputs, seen_by_rule(row, window), 0.3), inputs)
 
 
 def test_eager_is_transformers_own_to_the_bit():

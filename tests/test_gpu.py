@@ -45,7 +45,7 @@ def test_packed_documents_stay_apart_on_the_gpu():
     examples = [renderer.render_examples(Conversation(chat))[0] for chat in chats]
 
     def hidden(some):
-        batch = {key: value.cuda() for key, value in collate(some, "packed").items() if key not in LOSS_MARKS}
+        batch = {key: value.cuda() for key, value in collate([[e] for e in some], "packed").items() if key not in LOSS_MARKS}
         return model.get_base_model().model(**batch, use_cache=False).last_hidden_state[0]
 
     with torch.no_grad():

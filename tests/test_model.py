@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.harmony import IGNORE, HarmonyRenderer
-from fastoss.data.packing import LOSS_MARKS, collate
+from fastoss.data.packing import LOSS_MARKS
+from fastoss.data.packing import collate as collate_units
 from fastoss.errors import FastossError
 from fastoss.model import lora as lora_file
 from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
@@ -57,6 +58,10 @@ def model():
     model, _, _ = loaded()
     shake(model)
     return model
+
+
+def collate(examples, layout):
+    return collate_units([[example] for example in examples], layout)
 
 
 def by_hand(model, example) -> tuple[torch.Tensor, int]:

@@ -136,7 +136,7 @@ def examples():
 
 def test_packed_tensors():
     some = examples()
-    batch = collate(some, "packed")
+    batch = collate([[e] for e in some], "packed")
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(map(len, some)))
     assert batch["input_ids"][0].tolist() == [i for e in some for i in e.input_ids]
     assert batch["labels"][0].tolist() == [i for e in some for i in e.labels]
@@ -148,7 +148,7 @@ def test_packed_tensors():
 
 def test_padded_tensors():
     some = examples()
-    batch = collate(some, "padded")
+    batch = collate([[e] for e in some], "padded")
     for row, example in enumerate(some):
         n = len(example)
         assert batch["input_ids"][row, :n].tolist() == example.input_ids
@@ -160,7 +160,7 @@ def test_padded_tensors():
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_fillers_have_no_labels(layout):
-    batch = collate(examples(), layout, train=False)
+    batch = collate([[e] for e in examples()], layout, train=False)
     assert set(batch["labels"].flatten().tolist()) == {IGNORE}
     assert batch["loss_weights"].sum() == 0
 
@@ -168,6 +168,6 @@ def test_fillers_have_no_labels(layout):
 def test_weights_of_channels_reach_the_batch():
     renderer = HarmonyRenderer(FormatSettings(train_on={"analysis": 0.5, "final": 2.0}))
     (example,) = renderer.render_examples(Conversation((Message("user", "u"), Message("assistant", "a", "t"))))
-    batch = collate([example], "packed")
+    batch = collate([[example]], "packed")
     said = {(CHANNELS[c - 1] if c else None, w) for c, w in zip(batch["channels"][0].tolist(), batch["loss_weights"][0].tolist(), strict=True)}
     assert said == {(None, 0.0), ("analysis", 0.5), ("final", 2.0)}

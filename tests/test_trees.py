@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from fastoss.config import CHANNELS, FormatSettings
 from fastoss.data.conversation import Conversation, Message, ToolCall
 from fastoss.data.harmony import Example, HarmonyRenderer, Span
-from fastoss.data.packing import collate
 from fastoss.data.trees import build_tree, collate_trees
 from fastoss.model.attention import register_packed_attention
 from fastoss.model.attention_layout import DocumentLayout
@@ -61,12 +59,24 @@ def trained_of(batch, number: int | None = None) -> list[tuple[tuple[int, ...], 
     return sorted(trained)
 
 
-def trained_alone(number: Example) -> list[tuple[tuple[int, ...], int, float, int]]:
-    batch = {name: values.numpy() for name, values in collate([number], "packed").items()}
-    marked = batch["loss_weights"][0] > 0
-    ids = batch["input_ids"][0].tolist()
-    channels, weights = batch["channels"][0], batch["loss_weights"][0]
-    return sorted((tuple(ids[:i]), ids[i], float(weights[i]), int(channels[i])) for i in numpy.flatnonzero(marked) if i)
+def trained_alone(one: Example) -> list[tuple[tuple[int, ...], int, float, int]]:
+    ids = list(one.input_ids)
+    spans = [span for span in one.spans if span.trained]
+    return sorted((tuple(ids[:i]), ids[i], s.weight, CHANNELS.index(s.channel) + 1) for s in spans for i in range(s.start, s.end))
+
+
+def expanded(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """Examples end to end, each with all that comes before it, made without the code of trees."""
+    row = {"input_ids": [], "labels": [], "loss_weights": [], "channels": [], "position_ids": []}
+    for one in examples:
+        row["input_ids"] += one.input_ids
+        row["labels"] += [-100, *one.labels[1:]]
+        row["position_ids"] += range(len(one))
+        for span in one.spans:
+            row["loss_weights"] += [span.weight] * (span.end - span.start)
+            row["channels"] += [CHANNELS.index(span.channel) + 1 if span.trained else 0] * (span.end - span.start)
+    kinds = {"loss_weights": torch.float32, "channels": torch.uint8}
+    return {name: torch.tensor([values], dtype=kinds.get(name, torch.int64)) for name, values in row.items()}
 
 
 CHAINS = {
@@ -123,7 +133,6 @@ def test_rows_of_trees_are_laid_out_by_their_positions():
     assert layout.lengths == tuple(map(len, trees))
     assert layout.has_branches
     assert batch["examples"].max() == 3 + 1 + 2 - 1
-    assert batch.keys() == collate(CHAINS["chat"], "packed").keys() | {"examples"}
     assert {values.shape for values in batch.values()} == {(1, sum(map(len, trees)))}
     filler = collate_trees(trees, train=False)
     assert (filler["labels"] == -100).all()
@@ -132,7 +141,8 @@ def test_rows_of_trees_are_laid_out_by_their_positions():
 
 def test_trees_without_other_branches_are_laid_as_examples_are():
     plain = [CHAINS["one turn"][0], CHAINS["chat"][1]]
-    ours, theirs = collate_trees([build_tree([one]) for one in plain]), collate(plain, "packed")
+    ours, theirs = collate_trees([build_tree([one]) for one in plain]), expanded(plain)
+    assert ours.keys() == theirs.keys() | {"examples"}
     for name, values in theirs.items():
         assert (ours[name] == values.numpy()).all(), name
         assert ours[name].dtype == values.numpy().dtype, name
@@ -202,7 +212,7 @@ def check_exact(stock, packed, trees, **arguments):
     our_gradients = gradients(packed, ours)
     theirs = 0
     for one in (one for examples in trees for one in examples):
-        alone = collate([one], "packed")
+        alone = expanded([one])
         theirs = theirs + sum_of_losses(stock, alone["labels"], alone["loss_weights"], input_ids=alone["input_ids"])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     their_gradients = gradients(stock, theirs)
@@ -268,7 +278,7 @@ def test_a_rendered_chat_equals_its_expanded_examples():
         return loss.item(), gradients(model, loss)
 
     tree_loss, tree_gradients = trained({name: torch.from_numpy(values) for name, values in collate_trees(trees).items()})
-    loss, expected = trained(collate([one for group in groups for one in group], "packed"))
+    loss, expected = trained(expanded([one for group in groups for one in group]))
     assert tree_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(tree_gradients[name], gradient, rtol=1e-3, atol=1e-5)

@@ -57,7 +57,7 @@ def replaced_columns(row: Row, columns: Mapping[str, str]) -> set[str]:
 
 def near_column(name: str) -> str | None:
     """The column that a name without meaning to us was perhaps meant to be."""
-    close = [] if name in KNOWN_COLUMNS else difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.7)
+    close = [] if name in KNOWN_COLUMNS else difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.75)
     return close[0] if close else None
 
 

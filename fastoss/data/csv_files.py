@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastoss.errors import FastossError
 
 _LISTS = {"messages", "conversations", "history", "tools", "rejected_messages"}
 _MAYBE_LISTS = {"prompt", "completion", "chosen", "rejected"}
+_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:(\[)\s*[\[{"]|\{\s*")')
 
 
 def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | BadRow]:
@@ -27,6 +29,7 @@ def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | B
     lists = {columns.get(column, column) for column in _LISTS} | {name.partition(".")[0] for name in columns.values() if "." in name}
     maybe = {columns.get(column, column) for column in _MAYBE_LISTS}
     with open_bytes(path, name) as file:
+        _refuse_json(file.peek(200), name)
         lines = _CsvLines(file, path, name)
         reader = csv.reader(lines, strict=True)
         strict = StrictJson()
@@ -56,6 +59,12 @@ def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | B
             else:
                 row = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
                 yield _with_lists(row, lists, maybe, strict, place)
+
+
+def _refuse_json(head: bytes, name: str) -> None:
+    start = _JSON.match(head)
+    if start:
+        raise FastossError("the file is JSON, not CSV", place=name, hint=f"name it {'.json' if start[1] == b'[' else '.jsonl'}")
 
 
 def _bad_csv(problem: csv.Error | BadRow, place: str) -> BadRow:

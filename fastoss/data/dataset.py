@@ -27,6 +27,7 @@ from fastoss.data.rows import shown
 from fastoss.data.sources import read_rows, source_identity, source_notes
 from fastoss.data.store import KINDS, Examples, StoreWriter, TokenStore
 from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
+from fastoss.data.trees import build_tree
 from fastoss.errors import FastossError, RunFailed
 from fastoss.run import cache_folder, file_lock, whole_folder
 
@@ -79,7 +80,19 @@ def _cache_key(recipe: Recipe, sample: bool) -> str:
     """A hash of everything that can change a token, a place or a verdict: files, recipe, tokenizer, template, and this code."""
     sources = [[source_identity(s, sample=sample), s.model_dump(mode="json", exclude={"cache", "weight"})] for s in (*recipe.data, *recipe.eval.data)]
     sections = [section.model_dump(mode="json") for section in (recipe.format, recipe.hygiene, recipe.eval)]
-    told = [recipe.method, recipe.model.max_length, sample, sources, sections, TOKENIZER_SHA256, TEMPLATE_SHA256, _code_version(), os.getcwd()]
+    scored = recipe.dpo.score_on if recipe.dpo else None
+    told = [
+        recipe.method,
+        scored,
+        recipe.model.max_length,
+        sample,
+        sources,
+        sections,
+        TOKENIZER_SHA256,
+        TEMPLATE_SHA256,
+        _code_version(),
+        os.getcwd(),
+    ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -142,9 +155,13 @@ class _Build:
                 self.progress(f"reading {source.source}: {done:,} rows, {done / (now - begun):,.0f} a second")
             if said is None or self.refusals.any():
                 continue  # an error is certain: the rest is read for further mistakes only
-            for conversation, turns in zip(said, self.judge.examples(said), strict=True):
+            rendered = self.judge.examples(said)
+            together = [[example for *_, example in turns] for turns in rendered]
+            if len(rendered) == 2:  # a pair: the tree over both stands with the chosen one
+                together = [together[0] + together[1], []]
+            for conversation, turns, tree in zip(said, rendered, together, strict=True):
                 if turns:
-                    stored = self.writer.add_row(conversation)
+                    stored = self.writer.add_row(conversation, len(build_tree(tree)) if len(tree) > 1 else 0)
                     self.row_keys.append(self.judge.near)
                     for turn, cut, example in turns:
                         self.writer.add_example(number, stored, turn, cut, example)
@@ -209,6 +226,8 @@ class _Build:
         return held_out
 
     def _refuse_untrained(self) -> None:
+        if self.recipe.method == "dpo":
+            return  # which channels are scored is a choice of its own
         train_on = self.recipe.format.train_on
         for channel, what, lost in (("analysis", "reasoning", "reason"), ("commentary", "tool calls", "call tools")):
             count = self.judge.targets[channel]

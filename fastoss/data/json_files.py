@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -63,7 +64,13 @@ def _syntax(problem: json.JSONDecodeError) -> str:
     """The fact of a syntax error. NULs are named: they are what a crash leaves of a file that was being written."""
     if problem.doc[problem.pos : problem.pos + 1] == "\0":
         return "not valid JSON: NUL bytes (the file was torn, as by a crash while it was written)"
-    return f"not valid JSON: {problem.msg}"
+    return f"not valid JSON: {problem.msg.removesuffix(' at').removesuffix(' starting')}"
+
+
+def _beyond(problem: ValueError | RecursionError) -> str:
+    """What Python's reader gives up at: about a thousand levels, and a number of thousands of digits."""
+    limit = "nested too deep" if isinstance(problem, RecursionError) else f"a number of more than {sys.get_int_max_str_digits():,} digits"
+    return f"not valid JSON: {limit}"
 
 
 # --- JSONL -----------------------------------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ def read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
 def _bad_line(problem: ValueError | RecursionError, raw: bytes, place: str, strict: StrictJson, *, first: bool) -> Row | BadRow:
     """What is wrong with a line. Raises `FastossError` when the first one shows that the file is no JSONL at all."""
     if not isinstance(problem, json.JSONDecodeError):
-        return BadRow(f"not valid JSON: {problem}", place=place)  # too deep, or an integer of thousands of digits
+        return BadRow(_beyond(problem), place=place)
     if raw.startswith(codecs.BOM_UTF8):  # two files were joined: the mark says nothing, and nothing is lost with it
         raw = raw.removeprefix(codecs.BOM_UTF8)
         try:
@@ -115,6 +122,11 @@ def _bad_line(problem: ValueError | RecursionError, raw: bytes, place: str, stri
         except (ValueError, RecursionError) as under_mark:
             strict.fault = ""
             return _bad_line(under_mark, raw, place, strict, first=first)
+    if problem.doc[problem.pos : problem.pos + 1] in ("\r", "\n"):  # a text that is open at the line's end: say where it begins
+        try:
+            strict.decode(problem.doc.rstrip("\r\n"))
+        except json.JSONDecodeError as open_text:
+            problem = open_text
     start = raw.strip()
     if first and raw.endswith(b"\n") and (start == b"{" or start.startswith(b"[")):
         name = place.rpartition(":")[0]
@@ -122,7 +134,9 @@ def _bad_line(problem: ValueError | RecursionError, raw: bytes, place: str, stri
             hint = f"write one object a line: jq -c . {name} > lines.jsonl"
             raise FastossError("the file holds JSON objects over several lines; a .jsonl file holds one a line", place=name, hint=hint)
         raise _one_list(name)
-    hint = "each line holds one whole JSON object" if raw.endswith(b"\n") else CUT_SHORT
+    hint = "each line holds one whole JSON object" if raw.endswith(b"\n") or problem.msg == "Extra data" else CUT_SHORT
+    if first and problem.pos == 0 and raw.endswith(b"\n") and b"," in raw:
+        hint = "is it a table with commas? then name it .csv"
     column = min(problem.pos, len(problem.doc.rstrip("\r\n"))) + 1
     return BadRow(_syntax(problem), place=f"{place}:{column}", hint=hint)
 
@@ -250,7 +264,7 @@ class _JsonText:
                     hint = None if unclosed is None else CUT_SHORT
                     raise self.error(_syntax(found), pos=found.pos, hint=hint) from None
             except (ValueError, RecursionError) as found:
-                raise self.error(f"not valid JSON: {found}") from None
+                raise self.error(_beyond(found)) from None
             if len(self._buffer) - self._at > LONGEST:
                 fact = too_long("entry") if unclosed is None else f"not valid JSON: a text is never closed, or longer than {LONGEST >> 20} MiB"
                 raise _TooLong(fact, place=self.error("", pos=unclosed).place)

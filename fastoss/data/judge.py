@@ -59,7 +59,8 @@ class Judge:
     def __init__(self, recipe: Recipe, report: DataReport, refusals: Refusals, dropped: IO[str]):
         self.recipe, self.report, self.refusals, self.dropped = recipe, report, refusals, dropped
         self.hygiene = recipe.hygiene
-        self.renderer = HarmonyRenderer(recipe.format)
+        scored = {"train_on": dict.fromkeys(recipe.dpo.score_on, 1.0)} if recipe.dpo else {}
+        self.renderer = HarmonyRenderer(recipe.format.model_copy(update=scored))
         self.targets: Counter[str] = Counter()  # examples whose target has something in a channel
         self.too_long: list[int] = []
         self.near = 0  # the last row's `near_key`
@@ -84,20 +85,23 @@ class Judge:
             self._verdict(self.hygiene.malformed, problem, problem.fact, begins)
             return None
         mended: list[Conversation] = []
+        noticed: dict[str, str] = {}  # once a row: the two answers of a pair share what was said before them
         for conversation in said:
-            whole = self._mended(conversation)
+            whole = self._mended(conversation, noticed)
             if whole is None:
                 return None
             mended.append(whole)
+        for what, place in noticed.items():
+            self.report.keep(what, place)
         return tuple(mended) if self._stands_alone(mended, held_out) else None
 
     def _hint(self, row: Row | BadRow, source: DataSource) -> str:
         """What to do about a row that is not understood: a column may only be misspelled."""
-        misspelled = isinstance(row, Row) and self.hygiene.malformed == "error"
-        for name in sorted(self._unread(row, source)) if misspelled else ():
-            close = near_column(name)
-            if close and close not in row.columns:
-                return f"the row has `{name}`: did you mean `{close}`?"
+        if isinstance(row, Row) and self.hygiene.malformed == "error":
+            for name in sorted(self._unread(row, source)):
+                close = near_column(name)
+                if close and close not in row.columns:
+                    return f"the row has `{name}`: did you mean `{close}`?"
         return 'mend the row, or set hygiene.malformed = "drop"'
 
     def _unread(self, row: Row, source: DataSource) -> set[str]:
@@ -113,16 +117,16 @@ class Judge:
             return pair.chosen, pair.rejected
         return (row_to_conversation(row, source.format, identity, source.columns),)
 
-    def _mended(self, conversation: Conversation) -> Conversation | None:
-        """Without mojibake and empty reasoning, by the recipe's rules."""
+    def _mended(self, conversation: Conversation, noticed: dict[str, str]) -> Conversation | None:
+        """Without mojibake and empty reasoning, by the recipe's rules; `noticed` takes what is kept or mended, and where."""
         found = first_mojibake(conversation)
         if found:
             fact = f"looks like UTF-8 that was read as Latin-1: “{found[0]}” for “{found[1]}”"
             if self.hygiene.mojibake == "repair":
                 conversation = repaired(conversation) or conversation
-                self.report.keep("mojibake, repaired", conversation.place)
+                noticed["mojibake, repaired"] = conversation.place
             elif self.hygiene.mojibake == "keep":
-                self.report.keep("look like mojibake, and kept (hygiene.mojibake)", conversation.place)
+                noticed["look like mojibake, and kept (hygiene.mojibake)"] = conversation.place
             else:
                 hint = 'set hygiene.mojibake = "repair" to have it mended, or "keep" if it is meant'
                 self._verdict(self.hygiene.mojibake, BadRow(fact, place=conversation.place, hint=hint), "mojibake", excerpt(conversation))
@@ -133,7 +137,7 @@ class Judge:
                 problem = BadRow("the reasoning is empty", place=conversation.place, hint=hint)
                 self._verdict(self.hygiene.empty_reasoning, problem, "the reasoning is empty", excerpt(conversation))
                 return None
-            self.report.keep("with empty reasoning, read as none", conversation.place)
+            noticed["with empty reasoning, read as none"] = conversation.place
             conversation = without_empty_reasoning(conversation)
         return conversation
 

@@ -25,7 +25,8 @@ def open_bytes(path: Path, name: str, *, expected: bytes | None = None) -> io.Bu
             head = packed.read(4096)
         refuse_disguise(head, name, but=mark)
         if head and not head.startswith(mark):
-            raise FastossError(f"cannot be read: it is not packed with {packing}, as its ending says", place=name)
+            fact, plain = f"cannot be read: it is not packed with {packing}, as its ending says", name.rpartition("/")[2].rpartition(".")[0]
+            raise FastossError(fact, place=name, hint=f"name it {plain}")
     raw: Any
     if packing == "gzip":
         raw = gzip.open(path, "rb")  # noqa: SIM115 (the buffer closes it)
@@ -38,7 +39,10 @@ def open_bytes(path: Path, name: str, *, expected: bytes | None = None) -> io.Bu
         raw = open(path, "rb", buffering=0)  # noqa: SIM115
     file = io.BufferedReader(raw, _BUFFER)
     try:
-        refuse_disguise(file.peek(4096)[:4096], name, but=expected)
+        head = file.peek(4096)[:4096]
+        if packing and head.startswith(tuple(mark for _, mark in _PACKED.values())):
+            raise FastossError("the file is packed twice", place=name, hint="unpack it once")
+        refuse_disguise(head, name, but=expected)
     except BaseException:
         file.close()
         raise

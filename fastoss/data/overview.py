@@ -35,9 +35,13 @@ def overview_lines(dataset: Dataset, recipe: Recipe) -> list[str]:
     packing = _packing(dataset, recipe)
     if packing:
         lines.append(
-            f"packed into {packing['tokens_per_batch']:,} tokens: {packing['batches']:,} micro-batches an epoch, {100 * packing['fill']:.1f} % full"
+            f"packed into {packing['tokens_per_batch']:,} tokens: {_counted(packing['batches'])} an epoch, {100 * packing['fill']:.1f} % full"
         )
     return lines
+
+
+def _counted(batches: int) -> str:
+    return f"{batches:,} micro-batch{'' if batches == 1 else 'es'}"
 
 
 def overview_plain(dataset: Dataset, recipe: Recipe, recipe_path: str) -> dict[str, Any]:

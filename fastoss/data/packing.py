@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 
-from fastoss.config import CHANNELS
 from fastoss.data.harmony import IGNORE
 from fastoss.data.tokenizer import PAD
+from fastoss.data.trees import build_tree, collate_trees, segment_of
 
 if TYPE_CHECKING:
     import torch
 
     from fastoss.data.harmony import Example
 
-LOSS_MARKS = ("labels", "loss_weights", "channels")  # of a batch: what the loss reads and the model does not
+LOSS_MARKS = ("labels", "loss_weights", "channels", "examples")  # of a batch: what the loss reads and the model does not
 # packed: examples end to end in one row, kept apart by their positions; padded: one row an example.
 Layout = Literal["packed", "padded"]
 _OPEN_BATCHES = 1024  # batches that packing keeps open: chat lengths then fill 99.4 % of 4,096 tokens, 99.9 % of 16,384
@@ -189,39 +189,29 @@ def _pad(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list
     return [*batches, members]
 
 
-def collate(examples: Sequence[Example], layout: Layout, *, train: bool = True) -> dict[str, torch.Tensor]:
-    """Make one micro-batch of tensors.
+def collate(units: Sequence[Sequence[Example]], layout: Layout, *, train: bool = True) -> dict[str, torch.Tensor]:
+    """Make one micro-batch of tensors. A unit is one example, or (packed) several that become a tree.
 
-    packed: `input_ids`, `labels`, `position_ids` (int64), `loss_weights` (float32) and `channels` (uint8) of shape
-    (1, tokens); positions start again at 0 with each example, and the first label of each is -100, since no token of its
-    own precedes it. padded: the same but for `attention_mask` in place of positions, of shape (examples, longest), padded
-    on the right. `channels` counts `CHANNELS` from 1; 0 is context. `train=False` takes every label away (a filler).
+    packed: see `collate_trees`; everything has the shape (1, tokens). padded: `input_ids`, `labels` (int64), `loss_weights`
+    (float32), `channels` (uint8, counting `CHANNELS` from 1) and `attention_mask`, of shape (examples, longest), padded on the
+    right. The first label of each example is -100: no token of its own precedes it. `train=False` takes every label away (a filler).
     """
     import torch
 
-    rows = [_arrays(example, train) for example in examples]
     if layout == "packed":
-        batch: dict[str, Any] = {name: numpy.concatenate([row[name] for row in rows])[None] for name in rows[0]}
-        batch["position_ids"] = numpy.concatenate([numpy.arange(len(example)) for example in examples])[None]
+        batch: dict[str, Any] = collate_trees([build_tree(unit) for unit in units], train=train)
     else:
-        width = max(map(len, examples))
-        fill = {"input_ids": PAD, "labels": IGNORE, "loss_weights": 0, "channels": 0}
-        batch = {
-            name: numpy.stack([numpy.pad(row[name], (0, width - len(row[name])), constant_values=value) for row in rows])
-            for name, value in fill.items()
+        rows = [segment_of(example) for unit in units for example in unit]
+        width = max(map(len, rows))
+        parts = {
+            "input_ids": (PAD, [row.input_ids for row in rows]),
+            "labels": (IGNORE, [numpy.where(row.weights > 0, row.input_ids, IGNORE) if train else numpy.full(len(row), IGNORE) for row in rows]),
+            "loss_weights": (0, [row.weights * numpy.float32(train) for row in rows]),
+            "channels": (0, [row.channels * numpy.uint8(train) for row in rows]),
+            "attention_mask": (0, [numpy.ones(len(row), numpy.int64) for row in rows]),
         }
-        batch["attention_mask"] = numpy.stack([(numpy.arange(width) < len(example)).astype(numpy.int64) for example in examples])
+        batch = {
+            name: numpy.stack([numpy.pad(values, (0, width - len(values)), constant_values=fill) for values in columns])
+            for name, (fill, columns) in parts.items()
+        }
     return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-def _arrays(example: Example, train: bool) -> dict[str, Any]:
-    count = len(example)
-    ids = numpy.array(example.input_ids, numpy.int64)
-    labels, weights = numpy.full(count, IGNORE, numpy.int64), numpy.zeros(count, numpy.float32)
-    channels = numpy.zeros(count, numpy.uint8)
-    for span in example.spans if train else ():
-        if span.trained:
-            where = slice(span.start, span.end)
-            labels[where], weights[where] = ids[where], span.weight
-            channels[where] = CHANNELS.index(span.channel) + 1 if span.channel else 0
-    return {"input_ids": ids, "labels": labels, "loss_weights": weights, "channels": channels}

@@ -16,7 +16,7 @@ from fastoss.data.arrow_files import read_parquet
 from fastoss.data.csv_files import read_csv
 from fastoss.data.hub import NotCached, hub_data, hub_revision, is_cached, is_hub
 from fastoss.data.json_files import read_json, read_jsonl
-from fastoss.data.rows import KINDS, BadRow, Row, kind_of, shown
+from fastoss.data.rows import KINDS, BadRow, Row, kind_of, shown, spelled
 from fastoss.errors import FastossError
 
 __all__ = [
@@ -43,10 +43,18 @@ def read_rows(source: DataSource, *, sample: bool = False) -> Iterator[Row | Bad
                 if count == source.max_rows:
                     return
         except (OSError, EOFError, zlib.error) as problem:
-            reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
-            raise FastossError(f"cannot be read: {reason}", place=name) from None
+            raise _unreadable(problem, name) from None
         if count == before:
             raise FastossError("the file has no rows", place=name)
+
+
+def _unreadable(problem: Exception, name: str) -> FastossError:
+    """What the system says of a file that it cannot open, or a library of one that is damaged."""
+    reason = getattr(problem, "strerror", None)
+    if reason:
+        return FastossError(f"cannot be read: {reason}", place=name)
+    reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+    return FastossError(f"cannot be read: {reason}", place=name, hint="the file is damaged or cut short: fetch or write it again")
 
 
 def _read_file(path: Path, name: str, source: DataSource) -> Iterator[Row | BadRow]:
@@ -76,8 +84,8 @@ def source_identity(source: DataSource, *, sample: bool = False) -> str:
             status = path.stat()
             content = _file_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
         except OSError as problem:
-            raise FastossError(f"cannot be read: {problem.strerror}", place=name) from None
-        digest.update(f"{path.relative_to(root)}\0{status.st_size}\0{content}\n".encode())
+            raise _unreadable(problem, name) from None
+        digest.update(os.fsencode(path.relative_to(root)) + f"\0{status.st_size}\0{content}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -113,7 +121,7 @@ def unread_files(source: DataSource, *, sample: bool = False) -> list[str]:
     folder = Path(source.source)
     if is_hub(source.source) or not folder.is_dir():
         return []
-    return [str(path.relative_to(folder)) for path in _below(folder) if not kind_of(path.name)]
+    return [spelled(str(path.relative_to(folder))) for path in _below(folder) if not kind_of(path.name)]
 
 
 def _chosen(source: DataSource, sample: bool) -> DataSource:
@@ -128,7 +136,11 @@ def _files(source: DataSource) -> Iterator[tuple[Path, str]]:
         for file in data.files:
             yield data.fetch(file), f"{source.source}@{data.commit[:7]}/{file}"
     else:
-        for path in _local_files(Path(source.source)):
+        try:
+            paths = _local_files(Path(source.source))
+        except OSError as problem:  # a folder that may not be entered, a name that is too long
+            raise _unreadable(problem, shown(Path(source.source))) from None
+        for path in paths:
             yield path, shown(path)
 
 
@@ -152,16 +164,25 @@ def _local_files(path: Path) -> list[Path]:
         if not files:
             raise FastossError("no file matches", place=shown(path), hint="data paths are relative to the recipe file")
     elif not path.exists():
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else "data paths are relative to the recipe file"
-        raise FastossError("data file not found", place=shown(path), hint=hint)
+        raise FastossError("data file not found", place=shown(path), hint=_instead_of(path))
     elif not path.is_file():
         raise FastossError("not a file or folder", place=shown(path))
     else:
         files = [path]
     for file in files:
         if not kind_of(file.name):
-            kind = f"a `{file.suffix}` file" if file.suffix else "a file without an ending"
+            ending = "".join(file.suffixes[-2:]) if file.suffix.lower() in (".gz", ".zst") else file.suffix
+            kind = f"a `{ending}` file" if ending else "a file without an ending"
             raise FastossError(f"{kind} cannot be read as data", place=shown(file), hint=f"give {KINDS}")
     return files
+
+
+def _instead_of(path: Path) -> str:
+    """What to do about a file that is not there. Names are compared without their endings: those make all of them alike."""
+    if any(part in ("http:", "https:") for part in path.parts):
+        return "download it first: files and hubs are read"
+    beside = [entry.name for entry in sorted(path.parent.iterdir()) if kind_of(entry.name) or entry.is_dir()] if path.parent.is_dir() else []
+    beside.sort(key=lambda name: name.endswith(path.suffix))  # of two with one stem, the one with our ending is taken
+    stems = {name.partition(".")[0].lower(): spelled(name) for name in beside}
+    close = difflib.get_close_matches(path.name.partition(".")[0].lower(), stems, n=1, cutoff=0.6)
+    return f"did you mean {stems[close[0]]}?" if close else "data paths are relative to the recipe file"

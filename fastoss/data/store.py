@@ -1,7 +1,7 @@
 """Examples on disk: the dataset writes them once, training reads them as often as it likes; memory holds neither.
 
 A store is a folder: `input_ids.bin` (uint32, end to end), `spans.bin` and `examples.bin` (the dtypes below), `rows.bin`
-(conversations as JSON) with `row_ends.bin`, and `meta.json`. All but the last are mapped into memory when they are read.
+(conversations as JSON) with `row_ends.bin` and `tree_lengths.bin`, and `meta.json`. All but the last are mapped into memory when they are read.
 """
 
 from __future__ import annotations
@@ -39,21 +39,23 @@ class StoreWriter:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        names = ("input_ids", "spans", "examples", "rows", "row_ends")
+        names = ("input_ids", "spans", "examples", "rows", "row_ends", "tree_lengths")
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in names}  # noqa: SIM115  open as long as the writer is
         self._spans: list[tuple[int, int, int, float]] = []
         self._examples: list[tuple[int, ...]] = []
         self._rows_end = 0
         self._row_ends = array.array("Q")
+        self._tree_lengths = array.array("I")
         self._ids = self._span_count = 0
         self.rows = 0
 
-    def add_row(self, conversation: Conversation) -> int:
-        """Keep a conversation; returns its number."""
+    def add_row(self, conversation: Conversation, tree_length: int = 0) -> int:
+        """Keep a conversation; returns its number. `tree_length` is that of its examples as one tree, 0 where there is none."""
         text = json.dumps(_plain(conversation), ensure_ascii=False, separators=(",", ":")).encode()
         self._files["rows"].write(text)
         self._rows_end += len(text)
         self._row_ends.append(self._rows_end)
+        self._tree_lengths.append(tree_length)
         self.rows += 1
         return self.rows - 1
 
@@ -72,7 +74,8 @@ class StoreWriter:
         self._files["spans"].write(numpy.array(self._spans, _SPAN).tobytes())
         self._files["examples"].write(numpy.array(self._examples, _EXAMPLE).tobytes())
         self._files["row_ends"].write(self._row_ends.tobytes())
-        self._spans, self._examples, self._row_ends = [], [], array.array("Q")
+        self._files["tree_lengths"].write(self._tree_lengths.tobytes())
+        self._spans, self._examples, self._row_ends, self._tree_lengths = [], [], array.array("Q"), array.array("I")
 
     def close(self) -> None:
         """Write what is held back. `complete` is called when all else is written."""
@@ -94,6 +97,7 @@ class TokenStore:
         self.examples = _mapped(folder / "examples.bin", _EXAMPLE)
         self._rows = _mapped(folder / "rows.bin", numpy.dtype("u1"))
         self._row_ends = _mapped(folder / "row_ends.bin", numpy.dtype("<u8"))
+        self.tree_lengths = _mapped(folder / "tree_lengths.bin", numpy.dtype("<u4"))
 
     @staticmethod
     def is_complete(folder: Path) -> bool:

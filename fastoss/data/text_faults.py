@@ -26,6 +26,7 @@ _FORMATS = (
     (b"\x93NUMPY", "a NumPy array", "write it as Parquet or JSONL"),
     (b"version https://git-lfs", "a git-lfs pointer, not the data itself", "fetch the data: git lfs pull"),
 )  # fmt: skip
+_NOT_IN_TEXT = bytes(code for code in range(1, 32) if code not in b"\t\n\v\f\r\x1b")  # zeros aside: they are told in other ways
 _UNICODE = (  # the longer marks first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
 )  # fmt: skip
@@ -35,7 +36,7 @@ def refuse_disguise(head: bytes, place: str, *, but: bytes | None = None) -> Non
     """Raise when a file's first bytes show that it is something else than its name says. `but`: the mark that is right here."""
     if but and head.startswith(but):
         return
-    name = place.rpartition("/")[2]
+    name = place.rpartition("/")[2].removesuffix(".gz").removesuffix(".zst")
     for mark, fact, hint in _FORMATS:
         if head.startswith(mark):
             raise FastossError(f"the file is {fact}", place=place, hint=hint.format(name=name))
@@ -43,6 +44,8 @@ def refuse_disguise(head: bytes, place: str, *, but: bytes | None = None) -> Non
         office = b"[Content_Types].xml" in head
         fact, hint = ("an Excel or Word file", "save it as CSV (UTF-8)") if office else ("a ZIP archive", "unpack it, and give the files in it")
         raise FastossError(f"the file is {fact}", place=place, hint=hint)
+    if head[257:262] == b"ustar":
+        raise FastossError("the file is a tar archive", place=place, hint="unpack it, and give the files in it")
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise FastossError("the file is a Python pickle", place=place, hint="write it as JSONL: a pickle runs code when it is read")
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:20].lower()
@@ -52,6 +55,8 @@ def refuse_disguise(head: bytes, place: str, *, but: bytes | None = None) -> Non
     encoding = _wide_encoding(head)
     if encoding:
         raise _foreign(encoding, place)
+    if but is None and len(head) - len(head.translate(None, _NOT_IN_TEXT)) > max(3, len(head) // 50):
+        raise FastossError("the file is binary, not text", place=place, hint="rows stand in JSONL, JSON, CSV or Parquet")
 
 
 def _wide_encoding(head: bytes) -> str | None:
@@ -63,8 +68,12 @@ def _wide_encoding(head: bytes) -> str | None:
     zeros = head.count(0)
     if len(head) < 4 or not 0.3 * len(head) <= zeros < len(head) * 0.8 or head[:4] == bytes(4):
         return None
-    side = "BE" if head[0] == 0 else "LE"
-    return ("UTF-32" if zeros > 0.6 * len(head) else "UTF-16") + side
+    encoding = ("UTF-32" if zeros > 0.6 * len(head) else "UTF-16") + ("BE" if head[0] == 0 else "LE")
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(head)  # it may end in the middle of a character
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else encoding  # zeros side by side: other data, or a file that a crash tore
 
 
 def _foreign(encoding: str, place: str) -> FastossError:

@@ -72,12 +72,12 @@ def build_tree(examples: Sequence[Example]) -> Tree:
     `ValueError` when they do not even begin with the same token.
     """
     longest = max(range(len(examples)), key=lambda i: (examples[i].prompt_length, -i))
-    trunk = _alone(examples[longest], longest)
+    trunk = segment_of(examples[longest], longest)
     branches = []
     for number, example in enumerate(examples):
         if number == longest:
             continue
-        own = _alone(example, number)
+        own = segment_of(example, number)
         shared = _shared_tokens(trunk, own)
         if shared == 0:
             raise ValueError("examples of one tree begin with the same token")
@@ -117,7 +117,8 @@ def collate_trees(trees: Sequence[Tree], *, train: bool = True) -> dict[str, num
     return {name: values[None] for name, values in row.items()}
 
 
-def _alone(example: Example, number: int) -> Segment:
+def segment_of(example: Example, number: int = 0) -> Segment:
+    """An example as a segment without a fork; `number` is its place in its tree."""
     count = len(example.input_ids)
     weights, channels = numpy.zeros(count, numpy.float32), numpy.zeros(count, numpy.uint8)
     for span in example.spans:

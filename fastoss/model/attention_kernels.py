@@ -16,6 +16,10 @@ import torch
 
 from fastoss.model.attention_layout import DocumentLayout
 
+# Queries at a time of the reference. One core, 16 heads, a document of 1,600 tokens, forward and backward: 311 ms with 128 rows at a
+# time, 1,167 ms whole; with a window of 128, 83 and 1,136 ms. Rows of 64 to 256 differ by less than what lies beside them.
+EAGER_ROWS, GPU_EAGER_ROWS = 128, 1024
+
 
 def eager(
     query: torch.Tensor,
@@ -27,13 +31,18 @@ def eager(
     scaling: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """The reference: document by document, exact in any precision. A document's output is the same bits whatever lies beside it."""
+    """The reference: document by document, exact in any precision. A document's output is the same bits whatever lies beside it.
+
+    A part of a document at a time, with the keys that it sees and few more.
+    """
     outputs = []
-    for start, end in layout.documents():
-        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-        hidden = ~layout.visible(window, start, end)
-        bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, torch.finfo(query.dtype).min)
-        outputs.append(eager_with_bias(q, k, v, sinks, bias, scaling, dropout)[0][0])
+    splits = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))  # its gradient is one copy, a slice's a row of zeros
+    for q, k, v, parts in zip(*splits, layout.parts(GPU_EAGER_ROWS if query.is_cuda else EAGER_ROWS, window), strict=True):
+        for start, first, last, keys in parts:
+            hidden = ~layout.visible(window, slice(first, last), keys)
+            bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, torch.finfo(q.dtype).min)
+            seen_k, seen_v = (torch.cat([tensor[:, :, a - start : b - start] for a, b in keys], dim=2) for tensor in (k, v))
+            outputs.append(eager_with_bias(q[:, :, first - start : last - start], seen_k, seen_v, sinks, bias, scaling, dropout)[0][0])
     return torch.cat(outputs)
 
 
@@ -162,11 +171,12 @@ def flash(
 
 
 class _SinkFlash(torch.autograd.Function):
-    """Flash attention with the sink put in afterwards, exactly (`shared/reference/sink_check.py`, docs/performance.md).
+    """Flash attention with the sink put in afterwards, exactly.
 
-    With the plain output O and log-sum-exp l, the sink s gives O' = O·σ(l - s) and l' = log(exp l + exp s). The backward formula
-    dS = P(dP - rowsum(dO·O)) holds for the softmax with sink when it is given O' and l', so the stock kernel computes it.
-    The sink's own probability exp(s - l') has value 0, so its gradient is -Σ exp(s - l')·rowsum(dO·O').
+    With the plain output O and log-sum-exp l, the sink s gives O' = O·σ(l - s) and l' = log(exp l + exp s). FlashAttention's backward
+    formula, P = exp(S - l) and dS = P(dP - rowsum(dO·O)), holds for the softmax with sink when it is given O' and l' in their place:
+    the sink has value 0, so it adds nothing to a row's sum. So the stock kernel computes dq, dk and dv; and the gradient of s,
+    whose probability is exp(s - l'), is -Σ exp(s - l')·rowsum(dO·O').
     """
 
     @staticmethod

@@ -27,17 +27,28 @@ class Runs(NamedTuple):
     trunk_to: torch.Tensor
 
 
+class Part(NamedTuple):
+    """Tokens `first` to `last` of a segment, and the runs of places that hold the keys they see; their document begins at `document`."""
+
+    document: int
+    first: int
+    last: int
+    keys: tuple[tuple[int, int], ...]
+
+
 @dataclass(eq=False)
 class DocumentLayout:
     """How documents lie in a batch of `rows` rows, counted as one row of all its tokens laid end to end.
 
-    `lengths` (of documents, in tokens) and `has_branches` are known to the host, so that no layer waits for the device.
+    `lengths` (of documents, in tokens), `segments` (of each its first place, its end and how many trunk tokens it sees) and
+    `has_branches` are known to the host, so that no layer waits for the device.
     `starts` (documents + 1,) are the places where documents begin, and the end; the rest says of each token, (tokens,), where
     its segment begins, where its document begins, and how many trunk tokens its segment sees (0 in a trunk). All int32.
     """
 
     rows: int
     lengths: tuple[int, ...]
+    segments: tuple[tuple[int, int, int], ...]
     has_branches: bool
     starts: torch.Tensor
     segment_from: torch.Tensor
@@ -56,6 +67,7 @@ class DocumentLayout:
         begins = row_begins | (numpy.diff(flat, prepend=flat[:1]) != 1)
         first = numpy.flatnonzero(begins)  # places where segments begin
         opens = row_begins[first] | (flat[first] == 0)  # of these, the ones that open a document
+        opens |= flat[first] == flat[first[opens]][numpy.cumsum(opens) - 1]  # and those that see nothing of their trunk
         document = numpy.cumsum(opens) - 1
         starts = first[opens]
         trunk_lengths = numpy.diff(numpy.append(first, flat.size))[opens]
@@ -73,6 +85,7 @@ class DocumentLayout:
         return cls(
             rows=positions.shape[0],
             lengths=tuple(numpy.diff(ends).tolist()),
+            segments=tuple(zip(first.tolist(), [*first[1:].tolist(), flat.size], fork.tolist(), strict=True)),
             has_branches=bool(fork.any()),
             starts=on_device(ends),
             segment_from=on_device(first[segment]),
@@ -118,14 +131,29 @@ class DocumentLayout:
 
     def _each(self, change: Any) -> DocumentLayout:
         tensors = (change(tensor) for tensor in (self.starts, self.segment_from, self.document_from, self.fork))
-        return DocumentLayout(self.rows, self.lengths, self.has_branches, *tensors)
+        return DocumentLayout(self.rows, self.lengths, self.segments, self.has_branches, *tensors)
 
-    def documents(self) -> Iterator[tuple[int, int]]:
-        """First place and end of each document."""
-        end = 0
-        for length in self.lengths:
-            end += length
-            yield end - length, end
+    def parts(self, rows: int, window: int | None) -> Iterator[list[Part]]:
+        """The work cut up for a kernel that has no mask of its own: of each document its segments, up to `rows` tokens at a time.
+
+        A part has all the keys that one of its tokens sees, and few more: those of one segment, those of the trunk before its fork.
+        """
+        parts: list[Part] = []
+        trunk = 0
+        for start, end, fork in self.segments:
+            if fork == 0:
+                if parts:
+                    yield parts
+                parts, trunk = [], start
+            for first in range(start, end, rows):
+                last = min(first + rows, end)
+                own_from, trunk_from = start, trunk
+                if window is not None:
+                    own_from = max(own_from, first - window + 1)
+                    trunk_from = max(trunk_from, trunk + fork + first - start - window + 1)
+                keys = ((trunk_from, trunk + fork),) if trunk_from < trunk + fork else ()
+                parts.append(Part(trunk, first, last, (*keys, (own_from, last))))
+        yield parts
 
     def runs(self, window: int | None) -> Runs:
         """What each token sees in a layer whose window is so many positions, its own counted (None: all before it)."""
@@ -141,12 +169,12 @@ class DocumentLayout:
         runs: Runs = self._made["runs", window]
         return runs
 
-    def visible(self, window: int | None, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """Whether the token of row i sees that of column j, among places `start` to `end`: (places, places) bool."""
-        end = self.tokens if end is None else end
-        own_from, trunk_from, trunk_to = (values[start:end, None] for values in self.runs(window))
-        key = torch.arange(start, end, device=self.fork.device)[None]
-        return ((key >= own_from) & (key <= key.T)) | ((key >= trunk_from) & (key < trunk_to))
+    def visible(self, window: int | None, rows: slice = slice(None), keys: tuple[tuple[int, int], ...] = ()) -> torch.Tensor:
+        """Whether the tokens at the places of `rows` see those in `keys`, runs of places (none: all): (rows, keys) bool."""
+        place = torch.arange(self.tokens, device=self.fork.device)
+        query, key = place[rows, None], torch.cat([place[slice(*run)] for run in keys])[None] if keys else place[None]
+        own_from, trunk_from, trunk_to = (values[rows, None] for values in self.runs(window))
+        return ((key >= own_from) & (key <= query)) | ((key >= trunk_from) & (key < trunk_to))
 
     def block_mask(self, window: int | None) -> Any:
         """The FlexAttention `BlockMask` of a layer with this window; block by block from the runs, with no dense mask on the way.

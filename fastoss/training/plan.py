@@ -37,8 +37,8 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
         yield unseen
     else:
         yield from dataset.report.lines()
-        layout, schedule = plan_batches(recipe, plan, dataset, gpus)
-        yield from batch_lines(recipe, layout, steps_of(schedule, recipe, gpus), gpus)
+        layout, units, schedule = plan_batches(recipe, plan, dataset, gpus)
+        yield from batch_lines(recipe, layout, units, steps_of(schedule, recipe, gpus), gpus)
         yield f"run directory: {run.root} ({_state(recipe, run, run_facts(recipe, plan, dataset, layout) | {'world_size': gpus})})"
     yield ""
     yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)

@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerCallback
 
 from fastoss.config import CHANNELS, Recipe
 from fastoss.data.packing import Layout, Schedule, collate
-from fastoss.data.store import Examples
+from fastoss.data.units import Units
 from fastoss.errors import RunFailed
+from fastoss.model.backend import ModelPlan
 from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import checkpoint_step, publish_checkpoint, writing_folder
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
@@ -27,7 +28,10 @@ from fastoss.training.progress import Console, MetricsFile, duration, rank, worl
 BROKEN_HINT = (
     "look at these rows, or begin anew with a lower train.learning_rate (--no-resume --overwrite); the same command goes on from the last checkpoint"
 )
-_LOGGED = ("loss", *(f"loss_{channel}" for channel in CHANNELS), "learning_rate", "grad_norm", "entropy", "mean_token_accuracy")
+_LOGGED = (
+    "loss", *(f"loss_{channel}" for channel in CHANNELS), "learning_rate", "grad_norm", "entropy", "mean_token_accuracy",
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl_proxy", "sft",
+)  # fmt: skip
 _PATIENCE_S = 15.0  # a person should not wait longer for a sign of life, if steps are shorter than that
 
 
@@ -67,13 +71,14 @@ class Training:
     run: RunDirectory
     console: Console
     metrics: MetricsFile
-    train: Examples
+    train: Units
     schedule: Schedule
-    eval: Examples
+    eval: Units
     eval_batches: list[list[int]]
     layout: Layout
     stop: StopRequest
     total_steps: int
+    eval_reference: Any = None  # of DPO: the reference's log-probabilities of the held-out pairs, (pairs, 2)
 
     def numbers(self) -> datasets.Dataset:
         """The numbers of the micro-batches: TRL wants a `datasets.Dataset`, the collator makes batches of them."""
@@ -83,6 +88,54 @@ class Training:
     def batches_per_step(self) -> int:
         """Micro-batches of one optimizer step, over all ranks."""
         return self.recipe.train.gradient_accumulation_steps * world_size()
+
+
+def common_arguments(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> dict[str, Any]:
+    """What all of TRL's configurations are told alike."""
+    train = recipe.train
+    gpu = plan.device == "gpu"
+    return {
+        "output_dir": str(writing_folder(run)),
+        "per_device_train_batch_size": 1,  # one item is the number of a whole micro-batch
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "num_train_epochs": 1,  # the schedule holds all epochs
+        "train_sampling_strategy": "sequential",
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "lr_scheduler_kwargs": dict(train.lr_scheduler_kwargs or {}),
+        "warmup_steps": train.warmup_steps if train.warmup_steps < 1 else int(train.warmup_steps),
+        "weight_decay": train.weight_decay,
+        "adam_beta2": train.adam_beta2,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch",
+        "average_tokens_across_devices": True,
+        "gradient_checkpointing": recompute,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
+        "ddp_find_unused_parameters": False,
+        "ddp_backend": "gloo" if world_size() > 1 and not gpu else None,
+        "use_cpu": not gpu,
+        "bf16": gpu and plan.precision != "float32",
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": trackers or "none",
+        "run_name": recipe.name,
+        "project": recipe.log.project,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": gpu,
+        "remove_unused_columns": False,
+        "push_to_hub": False,
+    }
+
+
+def one_card(arguments: Any) -> None:
+    """One process, one card: several visible ones would become a DataParallel."""
+    if world_size() == 1 and arguments.device.type == "cuda":
+        arguments._n_gpu = 1
 
 
 class ScheduleCollator:
@@ -119,7 +172,7 @@ class ScheduledTrainer:
         """`file:line` of the examples in this rank's current micro-batch."""
         number = self._micro_batch * world_size() + rank()
         batches = self.training.schedule.batches
-        return [self.training.train[i].conversation.place for i in batches[number]] if number < len(batches) else []
+        return [self.training.train[i][0].conversation.place for i in batches[number]] if number < len(batches) else []
 
     def train(self, resume_from_checkpoint: str | None = None, **arguments: Any) -> Any:
         if resume_from_checkpoint is not None:
@@ -220,7 +273,7 @@ class Cadence(TrainerCallback):
             return
         training, step = self.training, state.global_step
         if "eval_loss" in logs:
-            training.metrics.write(step, {key: value for key, value in logs.items() if key.startswith("eval_loss")})
+            training.metrics.write(step, {key: logs[key] for name in _LOGGED if (key := f"eval_{name}") in logs})
             training.console.say(f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}")
             return
         now = time.monotonic()

@@ -14,67 +14,27 @@ import trl.trainer.sft_trainer
 from trl import SFTConfig, SFTTrainer
 
 from fastoss.config import CHANNELS, Recipe
-from fastoss.data.harmony import IGNORE, HarmonyRenderer
+from fastoss.data.harmony import IGNORE, Example, HarmonyRenderer
 from fastoss.data.packing import collate
 from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
 from fastoss.model.head import TrainedTokenLoss
 from fastoss.run import RunDirectory
-from fastoss.training.checkpoint import writing_folder
 from fastoss.training.progress import rank, world_size
-from fastoss.training.scheduled import BROKEN_HINT, Cadence, ScheduleCollator, ScheduledTrainer, Training
+from fastoss.training.scheduled import BROKEN_HINT, Cadence, ScheduleCollator, ScheduledTrainer, Training, common_arguments, one_card
 
 
 def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> SFTConfig:
     """The recipe in TRL's words. Steps, saving and evaluation are decided by our schedule, not by these arguments."""
-    train = recipe.train
-    gpu = plan.device == "gpu"
-    # Unsloth on a GPU fuses head and loss in its own kernels; elsewhere it is ours (see HarmonySFTTrainer).
-    loss_type = "nll" if gpu and plan.backend == "unsloth" else "chunked_nll"
-    config = SFTConfig(
-        output_dir=str(writing_folder(run)),
-        per_device_train_batch_size=1,  # one item is the number of a whole micro-batch
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        num_train_epochs=1,  # the schedule holds all epochs
-        train_sampling_strategy="sequential",
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs or {}),
-        warmup_steps=train.warmup_steps if train.warmup_steps < 1 else int(train.warmup_steps),
-        weight_decay=train.weight_decay,
-        adam_beta2=train.adam_beta2,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch",
-        loss_type=loss_type,
+    return SFTConfig(
+        **common_arguments(recipe, run, plan, recompute=recompute, trackers=trackers),
+        # Unsloth on a GPU fuses head and loss in its own kernels; elsewhere it is ours (see HarmonySFTTrainer).
+        loss_type="nll" if plan.device == "gpu" and plan.backend == "unsloth" else "chunked_nll",
         router_aux_loss_coef=0.0,
-        average_tokens_across_devices=True,
-        gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
-        ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if world_size() > 1 and not gpu else None,
-        use_cpu=not gpu,
-        bf16=gpu and plan.precision != "float32",
-        seed=train.seed,
-        data_seed=train.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=trackers or "none",
-        run_name=recipe.name,
-        project=recipe.log.project,
-        disable_tqdm=True,
-        dataloader_pin_memory=gpu,
-        remove_unused_columns=False,
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        push_to_hub=False,
     )
-    if world_size() == 1 and config.device.type == "cuda":
-        config._n_gpu = 1  # one process, one card: several visible ones would become a DataParallel
-    return config
 
 
 class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
@@ -82,6 +42,7 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
 
     def __init__(self, training: Training, **arguments: Any):
         self.follow(training)
+        one_card(arguments["args"])
         self.token_loss = TrainedTokenLoss(len(CHANNELS))
         # Same signature and results as TRL's (trl/trainer/sft_trainer.py), two products a token instead of three.
         # To be removed when TRL's own keeps no logits and computes nothing twice; trl is pinned until then.
@@ -91,6 +52,7 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.token_loss.mark(inputs.pop("loss_weights"), inputs.pop("channels"))
+        inputs.pop("examples", None)  # whose token it is: for sums by example
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
@@ -125,6 +87,7 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
         with torch.no_grad():
             for members in batches:
                 batch = self._prepare_inputs(collate([training.eval[i] for i in members], training.layout))
+                batch.pop("examples", None)
                 weights = batch.pop("loss_weights")
                 total = weights[:, 1:].sum(dtype=torch.float64)
                 self.token_loss.mark(weights, batch.pop("channels"))
@@ -149,25 +112,57 @@ def check_first_batch(trainer: HarmonySFTTrainer, renderer: HarmonyRenderer) -> 
     """
     training = trainer.training
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    examples = [training.train[i] for i in training.schedule.batches[rank()]]
-    documents = _documents(batch)
-    if len(documents) != len(examples):
-        raise RunFailed(f"the first batch holds {len(documents)} documents, {len(examples)} were rendered")
-    for example, (ids, labels) in zip(examples, documents, strict=True):
-        fresh = renderer.render_examples(example.conversation)[-1]
-        for what, got, meant in (("token", ids, fresh.input_ids), ("label", labels, fresh.labels)):
-            if got != meant:
-                place = next((i for i, (a, b) in enumerate(zip(got, meant, strict=False)) if a != b), min(len(got), len(meant)))
-                raise RunFailed(f"{what} {place} of the first batch is not what was rendered", place=example.conversation.place)
+    units = [training.train[i] for i in training.schedule.batches[rank()]]
+    laid = _laid_out(batch)
+    if training.layout == "padded":
+        units = [[example] for unit in units for example in unit]
+    if len(laid) != len(units):
+        raise RunFailed(f"the first batch holds {len(laid)} documents, {len(units)} were rendered")
+    for unit, segments in zip(units, laid, strict=True):
+        trained = 0
+        for example in unit:
+            fresh = renderer.render_last(example.conversation)
+            trained += sum(label != IGNORE for label in fresh.labels)
+            _check_example(fresh, segments)
+        marked = sum(label != IGNORE for _, _, labels in segments for label in labels)
+        if marked != trained:
+            fact = f"the first batch trains {marked} tokens of a row, {trained} were rendered"
+            raise RunFailed(fact, place=unit[0].conversation.place)
 
 
-def _documents(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+Laid = tuple[int, list[int], list[int]]  # how many trunk tokens come before it, ids, labels
+
+
+def _check_example(fresh: Example, segments: list[Laid]) -> None:
+    """An example is the trunk's beginning, or that and a branch: with its very labels, or with none where another trains them."""
+    (_, trunk, trunk_labels), *_ = segments
+    place = 0
+    for fork, ids, labels in segments:
+        got = ids if fork == 0 else trunk[:fork] + ids
+        marks = labels if fork == 0 else trunk_labels[: fork + 1] + labels[1:]
+        apart = [i for i, meant in enumerate(fresh.input_ids) if i >= len(got) or got[i] != meant]
+        wrong = [i for i, meant in enumerate(fresh.labels) if i < len(marks) and meant != IGNORE and marks[i] != meant]
+        if not apart and not wrong:
+            return
+        place = max(place, min(apart + wrong))
+    raise RunFailed(f"token {place} of the first batch, or its label, is not what was rendered", place=fresh.conversation.place)
+
+
+def _laid_out(batch: dict[str, torch.Tensor]) -> list[list[Laid]]:
+    """The batch's documents, each as its trunk and branches."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    if "position_ids" in batch:
-        starts = [i for i, p in enumerate(batch["position_ids"][0].tolist()) if p == 0]
-        ends = [*starts[1:], len(ids[0])]
-        return [(ids[0][a:b], labels[0][a:b]) for a, b in zip(starts, ends, strict=True)]
-    lengths = batch["attention_mask"].sum(1).tolist()
-    padding = [set(row[n:]) for row, n in zip(labels, lengths, strict=True)]
-    assert all(rest <= {IGNORE} for rest in padding), "padding carries loss"
-    return [(row[:n], marks[:n]) for row, marks, n in zip(ids, labels, lengths, strict=True)]
+    if "position_ids" not in batch:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        padding = [set(row[n:]) for row, n in zip(labels, lengths, strict=True)]
+        assert all(rest <= {IGNORE} for rest in padding), "padding carries loss"
+        return [[(0, row[:n], marks[:n])] for row, marks, n in zip(ids, labels, lengths, strict=True)]
+    positions = batch["position_ids"][0].tolist()
+    starts = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
+    documents: list[list[Laid]] = []
+    for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+        segment = (positions[start], ids[0][start:end], labels[0][start:end])
+        if positions[start] == 0:
+            documents.append([segment])
+        else:
+            documents[-1].append(segment)
+    return documents

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
 from fastoss.data.report import report_to_plain
+from fastoss.data.store import Examples
+from fastoss.data.units import Units, pair_units, single_units, tree_units
 from fastoss.errors import FastossError, RunFailed, Stopped
 from fastoss.model.adapter import library_versions, write_stamp
 from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model, ready_for_training
@@ -49,14 +52,14 @@ def train(
     for line in dataset.report.lines():
         console.say(line)
     _check_weights(dataset, plan)
-    layout, schedule = plan_batches(recipe, plan, dataset, world_size())
+    layout, units, schedule = plan_batches(recipe, plan, dataset, world_size())
     facts = run_facts(recipe, plan, dataset, layout)
     with _opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite) as unfinished:
         if not unfinished:
             return run
-        for line in batch_lines(recipe, layout, steps_of(schedule, recipe, world_size()), world_size()):
+        for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
-        _train_model(recipe, run, plan, dataset, layout, schedule, console, trackers, start_adapter)
+        _train_model(recipe, run, plan, dataset, layout, units, schedule, console, trackers, start_adapter)
     return run
 
 
@@ -95,20 +98,32 @@ def _start_adapter(recipe: Recipe) -> Path | None:
     return folder
 
 
-def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Schedule]:
-    """Which micro-batches the run will train on, over all ranks and epochs."""
+def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Units, Schedule]:
+    """What is trained together, and which micro-batches the run will train on, over all ranks and epochs."""
     rule = batch_rule(recipe, plan)
+    units = _units(recipe, rule, dataset.train, dataset.weights)
+    if rule.tokens and max(units.lengths) > rule.tokens:
+        hint = "raise train.tokens_per_batch, or lower model.max_length"
+        raise FastossError(f"a pair of {max(units.lengths):,} tokens is longer than a batch", place="train.tokens_per_batch", hint=hint)
     schedule = plan_schedule(
-        dataset.train.lengths,
+        units.lengths,
         rule,
         epochs=recipe.train.num_train_epochs,
         max_steps=recipe.train.max_steps,
         batches_per_step=recipe.train.gradient_accumulation_steps * ranks,
         ranks=ranks,
         seed=recipe.train.seed,
-        weights=dataset.weights,
+        weights=units.weights,
     )
-    return rule.layout, schedule
+    return rule.layout, units, schedule
+
+
+def _units(recipe: Recipe, rule: BatchRule, examples: Examples, weights: Sequence[float]) -> Units:
+    if recipe.method == "dpo":
+        return pair_units(examples, weights, trees=rule.layout == "packed")
+    if rule.layout == "packed" and rule.tokens:
+        return tree_units(examples, weights, rule.tokens)
+    return single_units(examples, weights)
 
 
 def batch_rule(recipe: Recipe, plan: ModelPlan) -> BatchRule:
@@ -122,7 +137,7 @@ def steps_of(schedule: Schedule, recipe: Recipe, ranks: int) -> int:
     return -(-len(schedule.batches) // per_step)
 
 
-def batch_lines(recipe: Recipe, layout: Layout, total_steps: int, ranks: int) -> list[str]:
+def batch_lines(recipe: Recipe, layout: Layout, units: Units, total_steps: int, ranks: int) -> list[str]:
     """How the run is cut into steps, and what will not happen within them."""
     train = recipe.train
     size = f"{train.per_device_train_batch_size} rows" if train.per_device_train_batch_size else f"up to {train.tokens_per_batch:,} tokens"
@@ -130,6 +145,8 @@ def batch_lines(recipe: Recipe, layout: Layout, total_steps: int, ranks: int) ->
     micro = "1 micro-batch" if train.gradient_accumulation_steps == 1 else f"{train.gradient_accumulation_steps} micro-batches"
     how = "documents packed and kept apart" if layout == "packed" else "rows padded on the right"
     lines = [f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"]
+    if units.saved:
+        lines.append(f"chats of several turns as trees, their history computed once: {100 * units.saved:.0f} % fewer tokens")
     every = recipe.checkpoint.every
     if every != "epoch" and every >= total_steps:
         lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed begins anew")
@@ -207,7 +224,7 @@ def run_facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout)
 
 
 def _train_model(
-    recipe: Recipe, run: RunDirectory, plan: ModelPlan, dataset: Dataset, layout: Layout, schedule: Schedule,
+    recipe: Recipe, run: RunDirectory, plan: ModelPlan, dataset: Dataset, layout: Layout, units: Units, schedule: Schedule,
     console: Console, trackers: list[str], start_adapter: Path | None,
 ) -> None:  # fmt: skip
     gpu = plan.device == "gpu"
@@ -225,22 +242,36 @@ def _train_model(
     # From here on: Unsloth, if it is used, has been imported, and TRL may be.
     from fastoss.training.samples import Samples
     from fastoss.training.scheduled import StopRequest, Training
-    from fastoss.training.sft import HarmonySFTTrainer, check_first_batch, sft_config
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
     samples.answer_before(model, plan)
     stop = StopRequest()
+    rule = batch_rule(recipe, plan)
+    held_out = _eval_units(recipe, rule, dataset)
     training = Training(
         recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
-        train=dataset.train, schedule=schedule, eval=dataset.eval, eval_batches=_eval_batches(recipe, plan, dataset),
+        train=units, schedule=schedule, eval=held_out, eval_batches=fill_batches(range(len(held_out)), held_out.lengths, rule),
         layout=layout, stop=stop, total_steps=steps_of(schedule, recipe, world_size()),
     )  # fmt: skip
-    arguments = sft_config(recipe, run, plan, recompute=recompute, trackers=trackers)
-    trainer = HarmonySFTTrainer(training, model=model, args=arguments, processing_class=load_chat_tokenizer(plan))
+    settings: dict[str, Any] = {"recompute": recompute, "trackers": trackers}
+    if recipe.method == "dpo":
+        from fastoss.training.dpo import HarmonyDPOTrainer, dpo_config
+        from fastoss.training.reference import reference_logps
+
+        arguments = dpo_config(recipe, run, plan, **settings)
+        trainer = HarmonyDPOTrainer(training, model=model, args=arguments, processing_class=load_chat_tokenizer(plan))
+        ask = partial(reference_logps, model, recipe, plan, dataset, rule=rule, console=console, start=start_adapter)
+        trainer.collator.reference = ask(units=units)
+        training.eval_reference = ask(units=held_out) if len(held_out) else None
+    else:
+        from fastoss.training.sft import HarmonySFTTrainer, check_first_batch, sft_config
+
+        trainer = HarmonySFTTrainer(training, model=model, args=sft_config(recipe, run, plan, **settings), processing_class=load_chat_tokenizer(plan))
     trainer.pop_callback(_printer())
     ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
-    check_first_batch(trainer, HarmonyRenderer(recipe.format))
+    if recipe.method == "sft":
+        check_first_batch(trainer, HarmonyRenderer(recipe.format))
     _agree_on_checkpoint(checkpoint_step(checkpoint) if checkpoint else 0)
     if checkpoint:
         console.say(f"going on from {checkpoint.name}")
@@ -285,8 +316,11 @@ def _save_adapter(trainer: Any, recipe: Recipe, run: RunDirectory, plan: ModelPl
         shutil.rmtree(run.checkpoints / ".writing", ignore_errors=True)
 
 
-def _eval_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset) -> list[list[int]]:
-    return fill_batches(range(len(dataset.eval)), dataset.eval.lengths, batch_rule(recipe, plan)) if dataset.eval else []
+def _eval_units(recipe: Recipe, rule: BatchRule, dataset: Dataset) -> Units:
+    weights = [1.0] * len(dataset.eval)
+    if recipe.method == "dpo":
+        return pair_units(dataset.eval, weights, trees=rule.layout == "packed")
+    return single_units(dataset.eval, weights)
 
 
 def _printer() -> type:
