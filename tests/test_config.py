@@ -34,7 +34,7 @@ def test_defaults_and_paths(tmp_path):
     assert recipe.train.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert recipe.data[0].source == str(tmp_path / "a.jsonl")
     assert recipe.format.train_on == {"analysis": 1.0, "commentary": 1.0, "final": 1.0}
-    assert load(tmp_path, BASE + '[format]\ntrain_on = { final = 2 }\ncurrent_date = 2026-02-03\n').format.train_on == {"final": 2.0}
+    assert load(tmp_path, BASE + "[format]\ntrain_on = { final = 2 }\ncurrent_date = 2026-02-03\n").format.train_on == {"final": 2.0}
 
 
 def test_precedence(tmp_path):
