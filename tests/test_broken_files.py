@@ -543,6 +543,14 @@ def unreadable(folder: Path) -> None:
     (folder / "data.jsonl").touch(mode=0)
 
 
+def closed(folder: Path) -> None:
+    """A folder with data, and within it one that may not be read."""
+    if os.geteuid() == 0:
+        pytest.skip("root may read every folder")
+    holding(data__a_jsonl=ROWS)(folder)
+    (folder / "data/b").mkdir(mode=0)
+
+
 def a_socket(folder: Path) -> None:
     os.chdir(folder)  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as made:
@@ -579,6 +587,7 @@ PLACES = [
     Broken("a device", "/dev/null", nothing, "/dev/null", NO_FILE),
     Broken("a link to a device", "data.jsonl", lambda folder: (folder / "data.jsonl").symlink_to("/dev/zero"), "/dev/zero", NO_FILE),
     Broken("a file nobody may read", "data.jsonl", unreadable, "data.jsonl", "cannot be read: Permission denied"),
+    Broken("a folder nobody may read", "data", closed, "data/b", "cannot be read: Permission denied"),
 ]
 
 

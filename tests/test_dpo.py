@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -181,6 +183,11 @@ def test_packed_padded_accumulated_and_two_processes_agree(pairs):
     same(packed, trained(pairs, "two", *sets("train.per_device_train_batch_size=4"), "--gpus", 2, recipe="rows.toml"))
 
 
+def test_unsloth_and_transformers_agree(pairs):
+    pytest.importorskip("unsloth", reason="Unsloth is not installed")
+    same(trained(pairs, "plain", *sets("train.max_steps=2")), trained(pairs, "unsloth", *sets("train.max_steps=2", "model.backend=unsloth")), 1e-3)
+
+
 def test_held_out_pairs_and_resume(pairs):
     settings = sets("eval.fraction=0.3", "eval.every=2", "checkpoint.every=2")
     whole = trained(pairs, "whole", *settings)
@@ -188,9 +195,9 @@ def test_held_out_pairs_and_resume(pairs):
     assert evaluated
     assert {"eval_rewards/margins", "eval_rewards/accuracies"} <= evaluated[0].keys()
     command = [sys.executable, "-m", "fastoss", "train", "r.toml", "--output", "broken", *settings]
-    with subprocess.Popen(command, cwd=pairs, env=__import__("os").environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=pairs, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (pairs / "broken" / "checkpoints" / "checkpoint-2").is_dir():
-            __import__("time").sleep(0.02)
+            time.sleep(0.02)
         process.kill()
     broken = trained(pairs, "broken", *settings)
     assert metrics(broken) == metrics(whole)
@@ -260,6 +267,23 @@ def test_broken_pairs(pairs, row, fact):
     assert result.code == 2
     assert fact in result.err
     assert "\nhint: " in result.err
+
+
+def test_pairs_that_teach_something_else_are_said(pairs):
+    odd = [
+        {"prompt": "q", "chosen": "Yes, of course", "rejected": "yes of course!"},
+        {"prompt": "r", "chosen": "<think>hm</think>Yes", "rejected": "No"},
+        {"prompt": "s", "chosen": "No", "rejected": "No, " + "really " * 80},
+    ]
+    (pairs / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*PAIRS, *odd]))
+    out = fastoss("check", "r.toml", "--set", "train.learning_rate=4e-4", cwd=pairs).out
+    assert "1 of 11 rows: the two answers differ in case, spaces or punctuation alone (pairs.jsonl:9)" in out
+    assert "1 of 11 rows: one answer has reasoning and the other has none: that difference is what would be learned (pairs.jsonl:10)" in out
+    assert "1 of 11 rows: one answer is more than 5 times as long as the other (pairs.jsonl:11)" in out
+    assert "train.learning_rate = 0.0004 is high for DPO" in out
+    out = fastoss("check", "r.toml", "--set", "model.max_length=110", cwd=pairs).out
+    assert "dropped 1 of 22 examples: longer than max_length 110 (pairs.jsonl:11)" in out
+    assert "dropped 1 of 22 examples: the other answer of their pair was dropped (pairs.jsonl:11)" in out
 
 
 @pytest.mark.parametrize(

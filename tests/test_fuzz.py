@@ -35,7 +35,7 @@ from .conftest import ROOT
 
 ROWS = 10_000
 PAIRS = 2_000
-FILES = 900
+FILES = 600
 SEED = 20261121
 
 SHIPPED = [json.loads(line) for line in (ROOT / "recipes/data/catgirl.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -33,6 +33,7 @@ from fastoss.run import cache_folder, file_lock, whole_folder
 
 _UNUSED_DAYS = 30  # a cached dataset that nobody has opened for so long is removed
 _PROGRESS_S = 10.0
+_HIGH_DPO_RATE = 1e-4
 
 Progress = Callable[[str], None]
 
@@ -194,6 +195,9 @@ class _Build:
         report.fingerprint = _fingerprint(self.folder, held_out)
         if not report.eval_examples:
             report.notes += self._why_no_evaluation()
+        rate = self.recipe.train.learning_rate
+        if self.recipe.method == "dpo" and rate > _HIGH_DPO_RATE:
+            report.notes.append(f"train.learning_rate = {rate:g} is high for DPO: 5e-7 to 5e-5 is common with LoRA")
         numpy.save(self.folder / "held_out.npy", held_out)
         kinds = [[channel or role, int(n), int(t)] for (role, channel), n, t in zip(KINDS, by_kind, trained_by_kind, strict=True)]
         meta = {"report": report_to_plain(report), "kinds": kinds, "too_long": _histogram(self.judge.too_long)}

@@ -24,6 +24,7 @@ from fastoss.errors import FastossError
 
 _LISTED = 20  # so many bad rows are named before the reading ends
 _LOOKED_S = 5.0  # and so long is looked for further ones after the first
+_UNEQUAL = 5  # answers of a pair whose lengths differ by more are counted
 _DROPPED_LISTED = 10_000  # dropped rows that are kept with their beginning, for the page
 
 Turn = tuple[int, int, Example]  # the target's message, the early messages left out, the example
@@ -181,7 +182,22 @@ class Judge:
                 self._drop("the last answer is not to be trained (format.turns)", conversation.place, excerpt(conversation))
             return [[turn for turn in map(self._fitting, examples, repeat(conversation)) if turn]]
         both = [self._fitting(self.renderer.render_last(conversation), conversation) for conversation in said]
-        return [[turn] if turn and all(both) else [] for turn in both]
+        if not all(both):
+            if any(both):
+                self._drop("the other answer of their pair was dropped", said[0].place, excerpt(said[0]), "examples")
+            return [[], []]
+        self._note_pair(said, [turn[2].trained_tokens for turn in both if turn])
+        return [[turn] for turn in both if turn]
+
+    def _note_pair(self, said: Sequence[Conversation], scored: Sequence[int]) -> None:
+        """What makes a pair teach something else than that one answer is better."""
+        place = said[0].place
+        if near_key(said[:1]) == near_key(said[1:]):
+            self.report.keep("the two answers differ in case, spaces or punctuation alone", place)
+        if len({bool(conversation.messages[-1].thinking) for conversation in said}) > 1:
+            self.report.keep("one answer has reasoning and the other has none: that difference is what would be learned", place)
+        if max(scored) > _UNEQUAL * min(scored):
+            self.report.keep(f"one answer is more than {_UNEQUAL} times as long as the other", place)
 
     def _fitting(self, example: Example, conversation: Conversation) -> Turn | None:
         limit, rule = self.recipe.model.max_length, self.hygiene.over_length

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from fastoss.config import DataSource
 from fastoss.data.arrow_files import read_parquet
@@ -139,17 +140,23 @@ def _files(source: DataSource) -> Iterator[tuple[Path, str]]:
         try:
             paths = _local_files(Path(source.source))
         except OSError as problem:  # a folder that may not be entered, a name that is too long
-            raise _unreadable(problem, shown(Path(source.source))) from None
+            raise _unreadable(problem, shown(Path(problem.filename or source.source))) from None
         for path in paths:
             yield path, shown(path)
 
 
 def _below(folder: Path) -> list[Path]:
-    """All files below a folder in the order of their names, without what is hidden."""
+    """All files below a folder in the order of their names, without what is hidden. `OSError` where a folder may not be read."""
     hidden = (".", "__MACOSX")
-    return sorted(
-        path for path in folder.rglob("*") if path.is_file() and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
-    )
+    found: list[Path] = []
+
+    def refuse(problem: OSError) -> NoReturn:  # pathlib would pass over it without a word
+        raise problem
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(hidden)]
+        found += [Path(parent, name) for name in names if not name.startswith(hidden)]
+    return sorted(path for path in found if path.is_file())
 
 
 def _local_files(path: Path) -> list[Path]:

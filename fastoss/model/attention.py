@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastoss.errors import FastossError
+from fastoss.errors import FastossError, RunFailed
 from fastoss.model import attention_kernels as kernels
 from fastoss.model.attention_layout import DocumentLayout
 
@@ -123,6 +123,46 @@ def kernel_line(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     plain, trees = (choose_kernel(device, dtype, head_dim, branches) for branches in (False, True))
     line = f"attention: {plain.kernel} ({plain.reason})"
     return line if trees.kernel == plain.kernel else f"{line}; trees: {trees.kernel} ({trees.reason})"
+
+
+def prove_attention(model: Any) -> str:
+    """Hold the kernels that this model will use against the reference, on random documents and a tree; returns the line for the log.
+
+    Output and every gradient, on the model's own device, with its dtype, heads and window. Raises `RunFailed` when a kernel is
+    wrong there: what nobody has tried on a card must not train on it unseen.
+    """
+    parameter = next(model.parameters())
+    config = model.config
+    device, dtype, head_dim = parameter.device, parameter.dtype if parameter.dtype.is_floating_point else torch.bfloat16, config.head_dim
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(heads, 333, head_dim) for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)]
+    documents = torch.cat([torch.arange(n) for n in (1, 300, 32)])
+    tree = torch.cat([torch.arange(200), 150 + torch.arange(100), 20 + torch.arange(33)])
+    for positions in (documents, tree):
+        layout = DocumentLayout.from_positions(positions[None]).to(device)
+        name = choose_kernel(device, dtype, head_dim, layout.has_branches).kernel
+        if name == "eager":
+            continue
+        for window in (None, config.sliding_window):
+            inputs = [torch.randn(1, *shape, generator=generator).to(device) for shape in shapes]
+            sinks = torch.randn(config.num_attention_heads, generator=generator).to(device)
+            given = torch.randn(1, 333, config.num_attention_heads, head_dim, generator=generator).to(device)
+            results = []
+            for kernel, kind in ((name, dtype), ("eager", torch.float32)):
+                leaves = [tensor.to(kind).requires_grad_() for tensor in (*inputs, sinks)]
+                output = KERNELS[kernel](*leaves, layout, window, head_dim**-0.5)
+                results.append([output, *torch.autograd.grad(output, leaves, given.reshape(output.shape).to(output.dtype))])
+            for ours, exact in zip(*results, strict=True):
+                error = ((ours.float() - exact).norm() / exact.norm()).item()
+                if not error < _PROOF:
+                    fact = f"the attention kernel `{name}` is wrong on this machine (off by {error:.1e} of the norm)"
+                    raise RunFailed(fact, place=str(device), hint=f"set {KERNEL_VARIABLE}=eager, which is slow and right, and tell us")
+    return kernel_line(device, dtype, head_dim)
+
+
+_PROOF = 0.03  # relative error that half precision may make
 
 
 _latest: tuple[weakref.ref[torch.Tensor], int, DocumentLayout] | None = None

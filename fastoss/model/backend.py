@@ -187,12 +187,15 @@ def _prepare_unsloth() -> None:
     """Environment that Unsloth reads at import and load: no installs, no statistics, its compiled files in our cache."""
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")  # it would pip-install and apt-get on its own
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # a download that hangs up to 120 s with no network
+    os.environ["UNSLOTH_ENABLE_FLEX_ATTENTION"] = "0"  # its own attention for gpt-oss has no mask: packed documents would see each other
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled_cache"))  # else in the current folder
 
 
 def _load_with_unsloth(source: str, config: ModelConfig, plan: ModelPlan) -> Any:
     import torch
     from unsloth import FastLanguageModel
+
+    from fastoss.model.attention import attend_packed
 
     forms = {"4bit": {"load_in_4bit": True}, "mxfp4": {"load_in_4bit": False}}
     form = forms.get(plan.precision, {"load_in_4bit": False, "load_in_16bit": True})
@@ -212,7 +215,7 @@ def _load_with_unsloth(source: str, config: ModelConfig, plan: ModelPlan) -> Any
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     with contextlib.redirect_stdout(sys.stderr):
         model, _ = FastLanguageModel.from_pretrained(**arguments)
-    return model
+    return attend_packed(model)
 
 
 def _attach_with_unsloth(model: Any, settings: LoraSettings, layers: list[int], recompute: bool, seed: int) -> Any:
@@ -260,11 +263,6 @@ def _tiny_folder() -> str:
     from fastoss.model.tiny import tiny_model_folder
 
     return str(tiny_model_folder())
-
-
-def packs_documents(plan: ModelPlan) -> bool:
-    """Whether this backend keeps documents apart that share a row. Unsloth's attention for gpt-oss does not (no mask)."""
-    return plan.backend == "transformers"
 
 
 def ready_for_inference(model: Any, plan: ModelPlan) -> Any:

@@ -68,8 +68,8 @@ def bench(
         try:
             _run_all(contestants, output, facts, sample, console)
         except KeyboardInterrupt:
-            done = len(list((output / "results").glob("*.json")))
-            raise Stopped(f"{done} of {len(contestants) * repeats} runs are done; the same command goes on from there") from None
+            done = [_result_file(output, c, repeat).is_file() for c in contestants for repeat in range(1, repeats + 1)]
+            raise Stopped(f"{sum(done)} of {len(done)} runs are done; the same command goes on from there") from None
     return output
 
 

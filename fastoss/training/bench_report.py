@@ -73,7 +73,7 @@ def _contestant(runs: list[Result], reference: list[Result], work: int, warm_up:
         row["efficiency"] = _spread([ratio / share for ratio in ratios])
         # Ideal is the fewest processes' step divided by how many times more there are. All that is lost beside it is in here: sending
         # gradients, waiting for the slower rank, sharing memory and power.
-        row["communication_share_estimate"] = max(0.0, 1 - row["efficiency"]["median"])
+        row["communication_share_estimate"] = max(0.0, 1 - row["efficiency"]["median"]) if runs is not reference else None
     elif ratios and first["processes"] == reference[0]["processes"]:
         row["fastoss_is_times_faster"] = _spread([1 / ratio for ratio in ratios])
     return row
@@ -225,8 +225,8 @@ def _curves(rows: list[dict[str, Any]]) -> list[str]:
         places = zip(itertools.accumulate(row["trained_tokens"]), row["losses"], strict=True)
         points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in places)
         # Curves that lie on each other stay visible: each is thinner than the one below it.
-        width = max(1.5, 6 - 2 * number)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(number)}" stroke-width="{width}" stroke-opacity="0.8"/>')
+        width = max(1.5, 7 - 2.5 * number)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(number)}" stroke-width="{width}"/>')
         parts.append(f'<rect x="{_RIGHT[1] - 120}" y="{_TOP + 18 * number}" width="12" height="12" fill="{_colour(number)}"/>')
         parts.append(_text(_RIGHT[1] - 102, _TOP + 18 * number + 11, row["contestant"]))
     return parts

@@ -20,6 +20,7 @@ from fastoss.config import CHANNELS, Recipe
 from fastoss.data.packing import Layout, Schedule, collate
 from fastoss.data.units import Units
 from fastoss.errors import RunFailed
+from fastoss.model.attention_layout import DocumentLayout
 from fastoss.model.backend import ModelPlan
 from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import checkpoint_step, publish_checkpoint, writing_folder
@@ -144,11 +145,14 @@ class ScheduleCollator:
     def __init__(self, training: Training):
         self.training = training
 
-    def __call__(self, items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict[str, int]]) -> dict[str, Any]:
         (item,) = items
         number, schedule = item["batch"], self.training.schedule
         train = number < len(schedule.batches) - schedule.fillers
-        return collate([self.training.train[i] for i in schedule.batches[number]], self.training.layout, train=train)
+        batch: dict[str, Any] = collate([self.training.train[i] for i in schedule.batches[number]], self.training.layout, train=train)
+        if "position_ids" in batch:  # made here, where no layer waits for the device
+            batch["documents"] = DocumentLayout.from_positions(batch["position_ids"])
+        return batch
 
 
 class ScheduledTrainer:

@@ -53,6 +53,8 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.token_loss.mark(inputs.pop("loss_weights"), inputs.pop("channels"))
         inputs.pop("examples", None)  # whose token it is: for sums by example
+        if "documents" in inputs:
+            inputs["documents"] = inputs["documents"].to(inputs["input_ids"].device)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:

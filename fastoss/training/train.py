@@ -20,7 +20,8 @@ from fastoss.data.store import Examples
 from fastoss.data.units import Units, pair_units, single_units, tree_units
 from fastoss.errors import FastossError, RunFailed, Stopped
 from fastoss.model.adapter import library_versions, write_stamp
-from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, packs_documents, plan_model, ready_for_training
+from fastoss.model.attention import prove_attention
+from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, plan_model, ready_for_training
 from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json, write_whole
 from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint, sweep
@@ -100,7 +101,7 @@ def _start_adapter(recipe: Recipe) -> Path | None:
 
 def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Units, Schedule]:
     """What is trained together, and which micro-batches the run will train on, over all ranks and epochs."""
-    rule = batch_rule(recipe, plan)
+    rule = batch_rule(recipe)
     units = _units(recipe, rule, dataset.train, dataset.weights)
     if rule.tokens and max(units.lengths) > rule.tokens:
         hint = "raise train.tokens_per_batch, or lower model.max_length"
@@ -126,9 +127,10 @@ def _units(recipe: Recipe, rule: BatchRule, examples: Examples, weights: Sequenc
     return single_units(examples, weights)
 
 
-def batch_rule(recipe: Recipe, plan: ModelPlan) -> BatchRule:
-    packed = recipe.train.per_device_train_batch_size is None and packs_documents(plan)
-    return BatchRule("packed" if packed else "padded", tokens=recipe.train.tokens_per_batch, rows=recipe.train.per_device_train_batch_size)
+def batch_rule(recipe: Recipe) -> BatchRule:
+    """By tokens, packed; or so many rows a batch, padded, where the recipe says so."""
+    rows = recipe.train.per_device_train_batch_size
+    return BatchRule("packed", tokens=recipe.train.tokens_per_batch) if rows is None else BatchRule("padded", rows=rows)
 
 
 def steps_of(schedule: Schedule, recipe: Recipe, ranks: int) -> int:
@@ -236,6 +238,7 @@ def _train_model(
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
     if gpu and rank() == 0:
         _note_card(run)
+    console.say(prove_attention(model))
     for note in notes:
         console.say(f"note: {note}")
 
@@ -247,7 +250,7 @@ def _train_model(
     samples = Samples(recipe, run, dataset, console)
     samples.answer_before(model, plan)
     stop = StopRequest()
-    rule = batch_rule(recipe, plan)
+    rule = batch_rule(recipe)
     held_out = _eval_units(recipe, rule, dataset)
     training = Training(
         recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
