@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -150,8 +151,9 @@ def show(
     from fastoss.data.show import example_lines
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for example in dataset.train[:rows]:
-        for line in example_lines(example, colour=colour):
+    labels = ("chosen", "rejected") if resolved.method == "dpo" else ("",)
+    for example, label in zip(dataset.train[: rows * len(labels)], itertools.cycle(labels), strict=False):
+        for line in example_lines(example, colour=colour, label=label):
             typer.echo(line)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -328,7 +329,9 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         if source is None or source.startswith(("hf:", "modelscope:")):
             return source
         try:
-            return str((folder / Path(source).expanduser()).resolve())
+            if "\0" in source:
+                raise ValueError("it holds a NUL")
+            return os.path.abspath(folder / Path(source).expanduser())  # a link keeps its own name, and its ending
         except (OSError, RuntimeError, ValueError) as problem:
             raise FastossError(f"not a path: {problem}", place=f"data source {source!r}") from None
 

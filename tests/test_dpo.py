@@ -269,6 +269,11 @@ def test_broken_pairs(pairs, row, fact):
     assert "\nhint: " in result.err
 
 
+def test_show_names_the_answers(pairs):
+    out = fastoss("show", "r.toml", "--rows", 1, cwd=pairs).out
+    assert [line.split("  ")[1] for line in out.splitlines() if line.startswith("pairs.jsonl")] == ["chosen", "rejected"]
+
+
 def test_pairs_that_teach_something_else_are_said(pairs):
     odd = [
         {"prompt": "q", "chosen": "Yes, of course", "rejected": "yes of course!"},

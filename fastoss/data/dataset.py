@@ -172,8 +172,10 @@ class _Build:
         held_out_row = self._held_out_rows()
         held_out = held_out_row[store.examples["row"]] if len(store.examples) else numpy.zeros(0, bool)
         report = self.report
-        report.eval_rows = int(held_out_row.sum())
-        report.train_rows = len(held_out_row) - report.eval_rows
+        report.pairs = self.recipe.method == "dpo"
+        stored = 2 if report.pairs else 1  # conversations a row
+        report.eval_rows = int(held_out_row.sum()) // stored
+        report.train_rows = len(held_out_row) // stored - report.eval_rows
         report.eval_examples = int(held_out.sum())
         report.train_examples = len(held_out) - report.eval_examples
         self._refuse_untrained()

@@ -51,6 +51,8 @@ class Refusals:
         if self.problems:
             first, *others = self.problems
             first.also = [f"{problem.place}: {problem.fact}" for problem in others]
+            if self.enough():
+                first.also.append("maybe more: the reading ended here")
             raise first
 
 

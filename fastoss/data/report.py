@@ -32,6 +32,7 @@ class Tally:
 class DataReport:
     """Counts are of rows, or of examples (one a trained turn) where so named. `fingerprint` is of every token and its weight."""
 
+    pairs: bool = False  # two examples a row: a chosen answer and a rejected one
     rows: int = 0
     examples: int = 0
     train_rows: int = 0
@@ -58,9 +59,9 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report as people read it."""
         share = ", ".join(f"{channel} {count:,}" for channel, count in self.trained_by_channel.items())
+        made = counted(self.train_examples // 2, "training pair") if self.pairs else counted(self.train_examples, "training example")
         lines = [
-            f"{counted(self.rows, 'row')} → {counted(self.train_examples, 'training example')}, "
-            f"{self.eval_examples:,} held out ({counted(self.eval_rows, 'row')})",
+            f"{counted(self.rows, 'row')} → {made}, {self.eval_examples // (1 + self.pairs):,} held out ({counted(self.eval_rows, 'row')})",
             f"{self.train_tokens:,} tokens, of which {self.trained_tokens:,} are trained ({share}); longest example {self.longest:,}",
         ]
         for reason, tally in self.drops.items():

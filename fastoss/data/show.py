@@ -11,14 +11,17 @@ from fastoss.data.tokenizer import decode
 _COLOURS = {"system": "90", "developer": "36", "user": "34", "tool": "35", "analysis": "33", "commentary": "35", "final": "32"}
 
 
-def example_lines(example: Example, *, colour: bool) -> Iterator[str]:
-    """Lines for one example: place and counts, then each span; `+` marks trained spans (with their weight, if it is not 1), `·` context."""
+def example_lines(example: Example, *, colour: bool, label: str = "") -> Iterator[str]:
+    """Lines for one example: place and counts, then each span; `+` marks trained spans (with their weight, if it is not 1), `·` context.
+
+    `label` says which answer of a pair it is.
+    """
     trained: Counter[str] = Counter()
     for span in example.spans:
         if span.trained:
             trained[span.channel or span.role] += span.end - span.start
     shares = f" ({', '.join(f'{name} {count:,}' for name, count in trained.items())})" if trained else ""
-    yield f"{example.conversation.place}  {len(example):,} tokens, {example.trained_tokens:,} trained{shares}"
+    yield f"{example.conversation.place}  {label and label + '  '}{len(example):,} tokens, {example.trained_tokens:,} trained{shares}"
     for span in example.spans:
         name = span.channel or span.role
         weight = f" × {span.weight:g}" if span.trained and span.weight != 1.0 else ""
