@@ -174,6 +174,30 @@ def chat(
 
 
 @app.command()
+def bench(
+    recipe: RecipePath,
+    set: Overrides = None,
+    sample: UseSample = False,
+    gpus: Annotated[str, typer.Option("--gpus", metavar="N,N,…", help="Numbers of processes to compare, the global batch kept as it is.")] = "1",
+    baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="What to compare with: transformers.")] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=2, help="Steps of each run; the first fifth is not counted.")] = 20,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1)] = 3,
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of runs/<name>-bench.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run; run nothing.")] = False,
+) -> None:
+    """Measure how fast a recipe trains, on several processes and beside a baseline."""
+    from fastoss.config import load_recipe
+    from fastoss.training.bench import bench as measure
+
+    if not all(part.strip().isdigit() and int(part) > 0 for part in gpus.split(",")):
+        raise FastossError("not a list of numbers", place=f"--gpus {gpus}", hint="for example --gpus 1,2,4")
+    counts = [int(part) for part in gpus.split(",")]
+    resolved = load_recipe(recipe, set or ())
+    folder = measure(resolved, recipe, output, sample=sample, gpus=counts, baseline=baseline, steps=steps, repeats=repeats, dry_run=dry_run)
+    typer.echo(folder)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the recipe."""
     from fastoss.config import recipe_schema
