@@ -17,6 +17,8 @@ from fastoss.data import tokenizer as tok
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.formats import row_to_conversation
 from fastoss.data.harmony import IGNORE, CompletionParser, HarmonyRenderer, parse_completion
+from fastoss.data.hygiene import without_empty_reasoning
+from fastoss.data.preferences import is_preference, row_to_preference
 from fastoss.data.sources import BadRow, read_rows
 from fastoss.data.tokenizer import CALL, CHANNEL, CONSTRAIN, END, END_OF_TEXT, MESSAGE, RETURN, START
 
@@ -233,16 +235,18 @@ def test_supervised_prefix_is_the_prompt_for_every_shipped_row(path, renderer):
     count = 0
     for row in read_rows(DataSource(source=str(path))):
         assert not isinstance(row, BadRow), row
-        for example in renderer.render_examples(row_to_conversation(row)):
-            *history, target = example.conversation.messages
-            prompt = renderer.render_prompt(history, example.conversation.reasoning_effort)
-            assert example.input_ids[: example.prompt_length] == prompt
-            assert set(example.labels[: example.prompt_length]) == {IGNORE}
-            assert example.labels[example.prompt_length :] == example.input_ids[example.prompt_length :]
-            parsed = parse_completion(example.input_ids[example.prompt_length :])
-            assert (parsed.thinking, parsed.content, parsed.problems, parsed.stop) == (target.thinking, target.content, [], RETURN)
-            count += 1
-    assert count >= 200
+        pair = row_to_preference(row) if is_preference(row) else None
+        for chat in map(without_empty_reasoning, (pair.chosen, pair.rejected) if pair else (row_to_conversation(row),)):
+            for example in renderer.render_examples(chat):
+                *history, target = example.conversation.messages
+                prompt = renderer.render_prompt(history, example.conversation.reasoning_effort)
+                assert example.input_ids[: example.prompt_length] == prompt
+                assert set(example.labels[: example.prompt_length]) == {IGNORE}
+                assert example.labels[example.prompt_length :] == example.input_ids[example.prompt_length :]
+                parsed = parse_completion(example.input_ids[example.prompt_length :])
+                assert (parsed.thinking, parsed.content, parsed.problems, parsed.stop) == (target.thinking, target.content, [], RETURN)
+                count += 1
+    assert count >= 100
 
 
 words = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)

@@ -393,6 +393,10 @@ def test_tensorboard_records_and_a_tracker_without_its_key_is_skipped(folder):
 def test_every_recipe_takes_its_first_step_on_the_tiny_model(recipe, tmp_path):
     run = tmp_path / "run"
     changes = ("--set", "model.name=tiny", "--set", "train.max_steps=1", "--set", "samples.max_new_tokens=4", "--sample")
+    begins_from = load_recipe(ROOT / "recipes" / recipe).model.adapter
+    if begins_from:
+        first = ROOT / "recipes" / f"{Path(begins_from).name}.toml"
+        assert fastoss("train", first, "--output", tmp_path / begins_from, *changes, cwd=tmp_path, timeout=600).code == 0
     result = fastoss("train", ROOT / "recipes" / recipe, "--output", run, *changes, cwd=tmp_path, timeout=600)
     assert result.code == 0, result.err
     assert "the tiny model runs in float32 without a GPU" in result.err
