@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -262,7 +263,7 @@ def made_result(kind: str, processes: int, repeat: int, step: float) -> dict:
         "layout": "l",
         "python": "3",
         "inputs": {"versions": dict.fromkeys(("fastoss", "torch", "transformers"), "1")},
-    }
+    }  # noqa: E501
     name = {"contestant": f"{kind}-{processes}", "kind": kind, "processes": processes, "repeat": repeat}
     return {**name, **work, **facts, "step_seconds": [9.0, *[step] * 4], "losses": [5.0, 4, 3, 2, 1], "peak_memory": {"resident_gb": 1.0 * repeat}}
 
@@ -278,10 +279,10 @@ def test_sums_by_hand():
     assert two["speed_up"] == pytest.approx({"median": 1.8, "min": 1.6, "max": 2.0}), "within each repeat"
     assert two["efficiency"] == pytest.approx({"median": 0.9, "min": 0.8, "max": 1.0})
     assert two["communication_share_estimate"] == pytest.approx(0.1)
-    assert theirs["fastoss_is_times_faster"] == pytest.approx({"median": 2.5, "min": 2.0, "max": 3.0})
+    assert theirs["fastoss_is_times_faster"] == {"median": 2.5, "min": 2.0, "max": 3.0}
     assert theirs["fill"] == 0.5
     assert summary["trained_tokens_counted"] == 400
-    assert theirs["seconds_for_the_same_trained_tokens"] == pytest.approx({"median": 14, "min": 12, "max": 16})
+    assert theirs["seconds_for_the_same_trained_tokens"] == {"median": 14, "min": 12, "max": 16}
     assert one["peak_memory"] == {"resident_gb": 2.0}
     table = "\n".join(table_lines(summary))
     assert "| fastoss | 2 | 3.5 s (2 s to 5 s) | 1.80× (1.60× to 2.00×) | 0.90 (0.80 to 1.00) | 10 % |" in table
@@ -297,8 +298,10 @@ def test_percentiles_are_measured_values():
 @pytest.mark.parametrize("count", range(1, 5))
 def test_a_report_can_be_made_after_any_run(tmp_path, count):
     """Also while ours on the fewest processes is the one that has not run yet, and with losses all alike."""
-    runs = [("fastoss", 2, 1, 1.0), ("transformers", 1, 1, 1.0), ("fastoss", 1, 2, 1.0), ("fastoss", 1, 1, 1.0)]
-    results = [made_result(*run) for run in runs[:count]]
+    results = [
+        made_result(*run)
+        for run in itertools.islice([("fastoss", 2, 1, 1.0), ("transformers", 1, 1, 1.0), ("fastoss", 1, 2, 1.0), ("fastoss", 1, 1, 1.0)], count)
+    ]  # noqa: E501
     for result in results:
         result["losses"] = [1.0] * 5
     write_report(tmp_path, {"recipe": "a < b & c", "steps": 5, "warm_up": 1, "repeats": 2}, results)
