@@ -263,7 +263,7 @@ def made_result(kind: str, processes: int, repeat: int, step: float) -> dict:
         "layout": "l",
         "python": "3",
         "inputs": {"versions": dict.fromkeys(("fastoss", "torch", "transformers"), "1")},
-    }  # noqa: E501
+    }
     name = {"contestant": f"{kind}-{processes}", "kind": kind, "processes": processes, "repeat": repeat}
     return {**name, **work, **facts, "step_seconds": [9.0, *[step] * 4], "losses": [5.0, 4, 3, 2, 1], "peak_memory": {"resident_gb": 1.0 * repeat}}
 
@@ -301,7 +301,7 @@ def test_a_report_can_be_made_after_any_run(tmp_path, count):
     results = [
         made_result(*run)
         for run in itertools.islice([("fastoss", 2, 1, 1.0), ("transformers", 1, 1, 1.0), ("fastoss", 1, 2, 1.0), ("fastoss", 1, 1, 1.0)], count)
-    ]  # noqa: E501
+    ]
     for result in results:
         result["losses"] = [1.0] * 5
     write_report(tmp_path, {"recipe": "a < b & c", "steps": 5, "warm_up": 1, "repeats": 2}, results)
