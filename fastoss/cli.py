@@ -52,6 +52,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; train nothing.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
+    override_resume: Annotated[bool, typer.Option("--override-resume", help="Go on though recipe, data or libraries have changed.")] = False,
 ) -> None:
     """Train a recipe; the same command again goes on where it stopped."""
     from fastoss.config import load_recipe
@@ -61,6 +62,8 @@ def train(
     run = RunDirectory(output or Path("runs") / resolved.name)
     if overwrite and not no_resume:
         raise FastossError("--overwrite goes with --no-resume", place="fastoss train")
+    if override_resume and no_resume:
+        raise FastossError("--override-resume goes on, --no-resume begins anew: not both", place="fastoss train")
     if dry_run:
         from fastoss.training.plan import dry_run_lines
 
@@ -74,7 +77,7 @@ def train(
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
-    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite)
+    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite, override_resume=override_resume)
 
 
 def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool) -> None:

@@ -229,6 +229,9 @@ class LogSettings(_Section):
 
 class DistributedSettings(_Section):
     strategy: Literal["ddp", "zero2", "zero3", "fsdp"] = "ddp"
+    ddp_timeout: int = Field(
+        1800, ge=5, description="seconds that a process may keep the others waiting before the run ends, with a line that names it"
+    )
 
 
 class HubSettings(_Section):

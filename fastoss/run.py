@@ -70,6 +70,11 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def move_whole(finished: Path, final: Path) -> None:
     """Give a finished temporary folder its final name, replacing an older one; both lie on one file system."""
     sync_tree(finished)

@@ -271,7 +271,7 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(folder):
     assert "is finished already" in again.err
     changed, _ = train(folder, "run", "--set", "train.learning_rate=1e-3", "--set", "lora.r=8")
     assert changed.code == 2
-    assert "the run was begun otherwise: lora.r: 4 → 8; train.learning_rate: 0.005 → 0.001" in changed.err
+    assert "this is another run than the one begun here: lora.r: 4 → 8; train.learning_rate: 0.005 → 0.001" in changed.err
     spoken, _ = train(folder, "run", "--set", "log.every=1")
     assert spoken.code == 0
     folder.rows(ROWS[1:])

@@ -9,6 +9,7 @@ Import this file only after the model is loaded: Unsloth must be imported before
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections import defaultdict
@@ -27,8 +28,9 @@ from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
 from fastoss.model.head import token_losses
 from fastoss.run import RunDirectory
+from fastoss.training.cadence import Cadence
 from fastoss.training.progress import rank, world_size
-from fastoss.training.scheduled import BROKEN_HINT, Cadence, ScheduledTrainer, Training, common_arguments, one_card
+from fastoss.training.scheduled import BROKEN_HINT, ScheduledTrainer, Training, common_arguments, one_card
 
 Pairs = Sequence[Sequence[Example]]  # each [chosen, rejected]
 
@@ -81,8 +83,11 @@ class PairCollator:
 
     def __call__(self, items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         (item,) = items
-        training, number = self.training, item["batch"]
-        members = training.schedule.batches[number]
+        return self.batch(item["batch"], self.training.schedule.batches[item["batch"]])
+
+    def batch(self, number: int, members: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Micro-batch `number`, or those of its pairs that are given."""
+        training = self.training
         batch = collate_pairs([training.train[i] for i in members], training.layout) | reference_of(self.reference, members)
         # A filler's loss counts nothing: every rank has as many batches.
         batch["counts"] = torch.tensor(float(number < len(training.schedule.batches) - training.schedule.fillers))
@@ -185,6 +190,13 @@ class HarmonyDPOTrainer(ScheduledTrainer, DPOTrainer):
             sums["chosen_tokens"] += _chosen_tokens(inputs) * counts
         sums["pairs"] += pairs
 
+    def _watched_sums(self) -> Any:
+        return copy.deepcopy(self._sums)
+
+    def _watch_again(self, sums: Any) -> None:
+        self._sums = copy.deepcopy(sums)
+        self._metrics["train"].clear()
+
     def _means(self, mode: str) -> dict[str, float]:
         """TRL's metrics as means over pairs since the last call, over all ranks."""
         sums = self._sums[mode]
@@ -216,7 +228,8 @@ class HarmonyDPOTrainer(ScheduledTrainer, DPOTrainer):
         started = time.monotonic()
         self._means("eval")
         with torch.no_grad():
-            for members in training.eval_batches[rank() :: world_size()]:
+            for done, members in enumerate(training.eval_batches[rank() :: world_size()]):
+                training.watchdog.stage(f"evaluating after step {self.state.global_step:,}, batch {done + 1}")
                 batch = collate_pairs([training.eval[i] for i in members], training.layout) | reference_of(training.eval_reference, members)
                 self.compute_loss(self.model, self._prepare_inputs(batch | {"counts": torch.tensor(1.0)}))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}

@@ -13,7 +13,8 @@ from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import latest_checkpoint
-from fastoss.training.train import batch_lines, check_same_run, plan_batches, run_facts, steps_of
+from fastoss.training.resume import check_same_run, run_facts
+from fastoss.training.train import batch_lines, plan_batches, steps_of
 
 
 def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int) -> Iterator[str]:

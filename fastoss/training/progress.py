@@ -36,6 +36,13 @@ class Console:
         print(text, file=sys.stderr, flush=True)
         self._keep(text)
 
+    def shout(self, text: str) -> None:
+        """What must be heard from any rank."""
+        if rank() == 0:
+            self.say(text)
+        else:
+            print(f"process {rank()}: {text}", file=sys.stderr, flush=True)
+
     def live(self, text: str, *, keep: bool) -> None:
         """A line that the next one replaces, in a terminal; elsewhere only lines to keep are written."""
         if self.quiet:
@@ -61,8 +68,12 @@ class Console:
             self._waiting.append(text)
             return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.writelines(f"{stamp}  {line}\n" for line in text.splitlines() or [""])
+        try:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.writelines(f"{stamp}  {line}\n" for line in text.splitlines() or [""])
+        except OSError as problem:  # what a person reads must not end what was trained
+            print(f"note: {self.log} cannot be written ({problem.strerror}): no more lines go there", file=sys.stderr, flush=True)
+            self.log, self._waiting = None, []
 
     def _end_live(self) -> None:
         if self._live:
@@ -75,6 +86,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
+        self.best: dict[str, Any] | None = None  # the lowest held-out loss so far, and its step
         kept = []
         if resume_step and path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -84,10 +96,16 @@ class MetricsFile:
                     continue  # the line that a kill tore
                 if entry.get("step", 0) <= resume_step:
                     kept.append(line)
+                    self._note_best(entry)
         if rank() == 0:
             write_whole(path, "".join(line + "\n" for line in kept))
 
+    def _note_best(self, entry: dict[str, Any]) -> None:
+        if "eval_loss" in entry and (self.best is None or entry["eval_loss"] < self.best["eval_loss"]):
+            self.best = {"eval_loss": entry["eval_loss"], "step": entry["step"]}
+
     def write(self, step: int, values: dict[str, Any]) -> None:
+        self._note_best({"step": step, **values})
         if rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")

@@ -5,63 +5,34 @@ TRL's trainers are mixed with `ScheduledTrainer` in sft.py.
 
 from __future__ import annotations
 
-import itertools
-import signal
+import copy
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from fastoss.config import CHANNELS, Recipe
+from fastoss.config import Recipe
 from fastoss.data.packing import Layout, Schedule, collate
 from fastoss.data.units import Units
 from fastoss.errors import RunFailed
 from fastoss.model.attention_layout import DocumentLayout
 from fastoss.model.backend import ModelPlan
-from fastoss.run import RunDirectory
-from fastoss.training.checkpoint import checkpoint_step, publish_checkpoint, writing_folder
-from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
+from fastoss.run import RunDirectory, read_json
+from fastoss.training.checkpoint import MANIFEST, CheckpointWriter, Saving, checkpoint_step, writing_folder
+from fastoss.training.disk import disk_full
+from fastoss.training.memory import cut, free_memory, is_out_of_memory, memory_line, out_of_memory
+from fastoss.training.progress import Console, MetricsFile, rank, world_size
+from fastoss.training.signals import StopRequest
+from fastoss.training.watchdog import Watchdog
 
 BROKEN_HINT = (
     "look at these rows, or begin anew with a lower train.learning_rate (--no-resume --overwrite); the same command goes on from the last checkpoint"
 )
-_LOGGED = (
-    "loss", *(f"loss_{channel}" for channel in CHANNELS), "learning_rate", "grad_norm", "entropy", "mean_token_accuracy",
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl_proxy", "sft",
-)  # fmt: skip
-_PATIENCE_S = 15.0  # a person should not wait longer for a sign of life, if steps are shorter than that
-
-
-@dataclass
-class StopRequest:
-    """Set by a signal; every rank learns of it at the end of a step, so that all stop at the same one."""
-
-    signal: int | None = None
-    _old: dict[int, Any] = field(default_factory=dict)
-
-    def watch(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._old[number] = signal.signal(number, self._receive)
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt  # the second one stops at once
-        self.signal = number
-
-    def agreed(self, device: torch.device) -> bool:
-        if world_size() == 1:
-            return self.signal is not None
-        flag = torch.tensor([1.0 if self.signal is not None else 0.0], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 @dataclass
@@ -78,6 +49,8 @@ class Training:
     eval_batches: list[list[int]]
     layout: Layout
     stop: StopRequest
+    watchdog: Watchdog
+    writer: CheckpointWriter
     total_steps: int
     eval_reference: Any = None  # of DPO: the reference's log-probabilities of the held-out pairs, (pairs, 2)
 
@@ -115,6 +88,8 @@ def common_arguments(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, reco
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
         "ddp_find_unused_parameters": False,
         "ddp_backend": "gloo" if world_size() > 1 and not gpu else None,
+        # The watchdog speaks first, and knows more than a collective operation that waited too long.
+        "ddp_timeout": 2 * recipe.distributed.ddp_timeout,
         "use_cpu": not gpu,
         "bf16": gpu and plan.precision != "float32",
         "seed": train.seed,
@@ -147,9 +122,13 @@ class ScheduleCollator:
 
     def __call__(self, items: list[dict[str, int]]) -> dict[str, Any]:
         (item,) = items
-        number, schedule = item["batch"], self.training.schedule
+        return self.batch(item["batch"], self.training.schedule.batches[item["batch"]])
+
+    def batch(self, number: int, members: Sequence[int]) -> dict[str, Any]:
+        """Micro-batch `number`, or those of its members that are given."""
+        schedule = self.training.schedule
         train = number < len(schedule.batches) - schedule.fillers
-        batch: dict[str, Any] = collate([self.training.train[i] for i in schedule.batches[number]], self.training.layout, train=train)
+        batch: dict[str, Any] = collate([self.training.train[i] for i in members], self.training.layout, train=train)
         if "position_ids" in batch:  # made here, where no layer waits for the device
             batch["documents"] = DocumentLayout.from_positions(batch["position_ids"])
         return batch
@@ -167,28 +146,124 @@ class ScheduledTrainer:
     optimizer: Any
     lr_scheduler: Any
 
+    data_collator: Any
+    model_wrapped: Any
+
     def follow(self, training: Training) -> None:
         """Call this before the trainer is set up."""
         self.training = training
-        self._micro_batch = 0
+        self._micro_batch = 0  # of this rank
+        self._pieces = 1  # into which each micro-batch is cut, so that it fits into memory
+
+    def _number(self, micro_batch: int) -> int:
+        """This rank's micro-batch in the schedule of all ranks."""
+        return micro_batch * world_size() + rank()
 
     def batch_places(self) -> list[str]:
         """`file:line` of the examples in this rank's current micro-batch."""
-        number = self._micro_batch * world_size() + rank()
+        number = self._number(self._micro_batch)
         batches = self.training.schedule.batches
         return [self.training.train[i][0].conversation.place for i in batches[number]] if number < len(batches) else []
 
     def train(self, resume_from_checkpoint: str | None = None, **arguments: Any) -> Any:
         if resume_from_checkpoint is not None:
-            self._micro_batch = checkpoint_step(Path(resume_from_checkpoint)) * self.args.gradient_accumulation_steps
+            checkpoint = Path(resume_from_checkpoint)
+            self._micro_batch = checkpoint_step(checkpoint) * self.args.gradient_accumulation_steps
+            pieces = read_json(checkpoint / MANIFEST)["pieces"]
+            self._pieces = pieces[rank()] if len(pieces) == world_size() else 1
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)  # type: ignore[misc]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.training.writer.check()
+        self.training.watchdog.stage(f"in forward and backward of step {self.state.global_step + 1:,}")
+        if self.training.recipe.train.on_oom == "split":
+            loss = self._fitted_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._whole_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._refuse(f"the loss is {loss.item()}")
         self._micro_batch += 1
         return loss
+
+    def _whole_step(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        try:
+            loss: torch.Tensor = super().training_step(model, inputs, items)  # type: ignore[misc]
+        except Exception as problem:
+            if is_out_of_memory(problem):
+                raise out_of_memory(self.state.global_step + 1, self._tokens(self._micro_batch), splitting=False) from problem
+            raise
+        return loss
+
+    def _fitted_step(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        """A micro-batch whole or in pieces, smaller and smaller until they fit. Losses are sums over `items`, so pieces add up to the whole.
+
+        What a failed backward pass left in the gradients cannot be told apart from what belongs there: the step's earlier
+        micro-batches are computed again as well. Gradients are averaged over the ranks by hand, since DDP would wait for each
+        other rank at each piece.
+        """
+        accumulation, now = self.args.gradient_accumulation_steps, self._micro_batch
+        first, again = now - now % accumulation, False
+        while True:
+            sums = self._watched_sums()
+            try:
+                if again:
+                    for earlier in range(first, now):
+                        self._step_in_pieces(earlier, items)
+                    self._watch_again(sums)  # they were counted before
+                loss = self._step_in_pieces(now, items)
+                break
+            except Exception as problem:
+                if not is_out_of_memory(problem):
+                    raise
+            # Beyond the except block: the error's frames hold on to the tensors that did not fit.
+            del inputs
+            inputs = {}
+            self._watch_again(sums)
+            self._cut_smaller(now)
+            self.model.zero_grad(set_to_none=True)
+            free_memory()
+            again = True
+        last = now % accumulation == accumulation - 1 or self._number(now) + world_size() >= len(self.training.schedule.batches)
+        if world_size() > 1 and last:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= world_size()
+        return loss
+
+    def _step_in_pieces(self, micro_batch: int, items: Any) -> torch.Tensor:
+        number = self._number(micro_batch)
+        members = self.training.schedule.batches[number]
+        lengths = self.training.train.lengths
+        groups = cut(members, [lengths[i] for i in members], self._pieces)
+        bare = self.accelerator.unwrap_model(self.model_wrapped)
+        losses = [super(ScheduledTrainer, self).training_step(bare, self.data_collator.batch(number, group), items) for group in groups]  # type: ignore[misc]
+        return torch.stack(losses).sum()
+
+    def _cut_smaller(self, micro_batch: int) -> None:
+        members = self.training.schedule.batches[self._number(micro_batch)]
+        step, tokens = self.state.global_step + 1, self._tokens(micro_batch)
+        if self._pieces >= len(members):
+            raise out_of_memory(step, tokens // len(members), splitting=True)
+        self._pieces *= 2
+        self.training.console.shout(
+            f"note: {tokens:,} tokens did not fit into memory at step {step} ({memory_line()}): micro-batches are cut into {self._pieces} from here on; "
+            "batch and loss stay the same"
+        )
+
+    def _tokens(self, micro_batch: int) -> int:
+        lengths = [self.training.train.lengths[i] for i in self.training.schedule.batches[self._number(micro_batch)]]
+        return sum(lengths) if self.training.layout == "packed" else len(lengths) * max(lengths)
+
+    def _watched_sums(self) -> Any:
+        """A copy of what is summed up for the metrics."""
+        raise NotImplementedError
+
+    def _watch_again(self, sums: Any) -> None:
+        """Go back to such a copy."""
+        raise NotImplementedError
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
@@ -212,15 +287,35 @@ class ScheduledTrainer:
         return str(writing_folder(self.training.run))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        training = self.training
-        Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes a model card each time
+        training, step = self.training, self.state.global_step
+        training.watchdog.stage(f"saving checkpoint-{step}")
+        begun = time.monotonic()
+        training.writer.wait()
+        pieces: list[Any] = [self._pieces]
         if world_size() > 1:
-            torch.distributed.barrier()
+            pieces *= world_size()
+            torch.distributed.all_gather_object(pieces, self._pieces)
+        self._optimizer_copy = None
+        try:
+            Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes a model card each time
+        except (OSError, RuntimeError) as problem:
+            raise disk_full(problem, training.run.root, 0, f"checkpoint-{step}") or problem from None
+        if world_size() > 1:
+            torch.distributed.barrier()  # every rank has written its random state
         if rank() == 0:
-            publish_checkpoint(training.run, self.state.global_step, training.recipe.checkpoint.keep)
-            training.console.say(f"saved checkpoint-{self.state.global_step}")
-        if world_size() > 1:
-            torch.distributed.barrier()
+            facts = {
+                "world_size": world_size(), "micro_batches": step * training.batches_per_step, "pieces": pieces, "best": training.metrics.best,
+                "run_id": read_json(training.run.manifest)["run_id"],
+            }  # fmt: skip
+            folder = writing_folder(training.run) / f"checkpoint-{step}"
+            training.writer.begin(Saving(folder, step, facts, self._optimizer_copy, waited_s=time.monotonic() - begun))
+            self._optimizer_copy = None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The optimizer's state is most of a checkpoint: copied here, written while the training goes on.
+        if rank() == 0:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            self._optimizer_copy = _on_cpu(self.optimizer.state_dict())
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone: the tokenizer (28 MB) does not change, and training_args.bin is a pickle that holds tokens.
@@ -240,58 +335,10 @@ class ScheduledTrainer:
                 part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
 
-class Cadence(TrainerCallback):
-    """When to save, to evaluate, to stop and to speak: from the schedule and the recipe alone."""
-
-    def __init__(self, training: Training):
-        self.training = training
-        self.started = 0.0
-        self.first_step = 0
-        self.last = (0.0, 0)  # (time, tokens) at the last line
-        lengths = training.train.lengths
-        sizes = (sum(lengths[i] for i in members) for members in training.schedule.batches)
-        self.tokens = [0, *itertools.accumulate(sizes)]  # after so many micro-batches; Unsloth's trainer counts none itself
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
-        self.first_step = state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training, step = self.training, state.global_step
-        last = step == training.total_steps
-        has_eval = bool(training.eval_batches)
-        control.should_evaluate = has_eval and ((last and training.recipe.eval.after) or (not last and step % training.recipe.eval.every == 0))
-        stopping = training.stop.agreed(args.device)
-        control.should_save = last or stopping or self._is_save_step(step)
-        control.should_training_stop = last or stopping
-
-    def _is_save_step(self, step: int) -> bool:
-        every = self.training.recipe.checkpoint.every
-        if every != "epoch":
-            return step % every == 0
-        per_step = self.training.batches_per_step
-        return any((step - 1) * per_step < end <= step * per_step for end in self.training.schedule.epoch_ends)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "train_runtime" in logs:
-            return
-        training, step = self.training, state.global_step
-        if "eval_loss" in logs:
-            training.metrics.write(step, {key: logs[key] for name in _LOGGED if (key := f"eval_{name}") in logs})
-            training.console.say(f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}")
-            return
-        now = time.monotonic()
-        seconds_a_step = (now - self.started) / max(1, step - self.first_step)
-        values: dict[str, Any] = {key: logs[key] for key in _LOGGED if key in logs}
-        tokens = self.tokens[min(step * training.batches_per_step, len(self.tokens) - 1 - training.schedule.fillers)]
-        values["num_tokens"] = tokens
-        training.metrics.write(step, values | {"epoch": state.epoch, "seconds": round(now - self.started, 3)})
-        quiet_for = now - (self.last[0] or self.started)
-        due = step % training.recipe.log.every == 0 or step in (self.first_step + 1, training.total_steps) or quiet_for > _PATIENCE_S
-        speed = (tokens - self.last[1]) / (now - self.last[0]) if self.last[0] else 0.0
-        pace = f"{speed:,.0f} tok/s  " if speed > 0 else ""
-        left = duration(seconds_a_step * (training.total_steps - step))
-        line = f"step {step:,}/{training.total_steps:,}  epoch {state.epoch:.2f}  loss {logs.get('loss', float('nan')):.4f}  {pace}{left} left"
-        training.console.live(line, keep=due)
-        if due:
-            self.last = (now, tokens)
+def _on_cpu(state: Any) -> Any:
+    """A copy of an optimizer's state that its next step does not change."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return [_on_cpu(value) for value in state] if isinstance(state, list) else copy.copy(state)

@@ -20,8 +20,9 @@ from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
 from fastoss.model.head import TrainedTokenLoss
 from fastoss.run import RunDirectory
+from fastoss.training.cadence import Cadence
 from fastoss.training.progress import rank, world_size
-from fastoss.training.scheduled import BROKEN_HINT, Cadence, ScheduleCollator, ScheduledTrainer, Training, common_arguments, one_card
+from fastoss.training.scheduled import BROKEN_HINT, ScheduleCollator, ScheduledTrainer, Training, common_arguments, one_card
 
 
 def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> SFTConfig:
@@ -66,6 +67,12 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
             torch.distributed.all_reduce(total)
         return total.float()
 
+    def _watched_sums(self) -> Any:
+        return self.token_loss.sums.clone()
+
+    def _watch_again(self, sums: Any) -> None:
+        self.token_loss.sums = sums.clone()
+
     def _channel_losses(self, prefix: str = "") -> dict[str, float]:
         """Mean loss of each channel's trained tokens since the last call, over all ranks and unweighted."""
         sums = self.token_loss.take_sums().to(self.args.device)
@@ -87,7 +94,8 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
         started = time.monotonic()
         self.token_loss.take_sums()
         with torch.no_grad():
-            for members in batches:
+            for done, members in enumerate(batches):
+                training.watchdog.stage(f"evaluating after step {self.state.global_step:,}, batch {done + 1}")
                 batch = self._prepare_inputs(collate([training.eval[i] for i in members], training.layout))
                 batch.pop("examples", None)
                 weights = batch.pop("loss_weights")

@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastoss.config import Recipe, recipe_from_resolved, resolved_dict
+from fastoss.config import Recipe
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
-from fastoss.data.report import report_to_plain
 from fastoss.data.store import Examples
 from fastoss.data.units import Units, pair_units, single_units, tree_units
 from fastoss.errors import FastossError, RunFailed, Stopped
-from fastoss.model.adapter import library_versions, write_stamp
+from fastoss.model.adapter import write_stamp
 from fastoss.model.attention import prove_attention
 from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, plan_model, ready_for_training
 from fastoss.model.lora import adapter_folder, check_adapter_settings
-from fastoss.run import RunDirectory, read_json, whole_folder, write_json, write_whole
-from fastoss.training.checkpoint import checkpoint_step, latest_checkpoint, sweep
+from fastoss.run import RunDirectory, read_json, whole_folder, write_json
+from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
+from fastoss.training.disk import check_room, disk_full
 from fastoss.training.launch import check_gpus
 from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
+from fastoss.training.resume import opened, run_facts
+from fastoss.training.signals import end_with_parent
 from fastoss.training.trackers import prepare_trackers
-
-# Settings that change what is said or kept, not what is learned: a run may go on with other values.
-_FREE_SECTIONS = ("checkpoint", "log", "samples", "hub")
+from fastoss.training.watchdog import Watchdog
 
 
 def train(
-    recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False
-) -> RunDirectory:
-    """Run a recipe to its end in `run`, or go on where it stopped.
+    recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False,
+    override_resume: bool = False,
+) -> RunDirectory:  # fmt: skip
+    """Run a recipe to its end in `run`, or go on where it stopped; `override_resume` insists on going on with another recipe or data.
 
     Raises `FastossError` for bad input before the model loads, `RunFailed` when training fails, `Stopped` when a signal
     ended it after saving.
     """
     console = Console()
+    end_with_parent()
     plan = plan_model(recipe.model, gpu=has_gpu())
     _check_processes(recipe, plan, world_size())
     start_adapter = _start_adapter(recipe)
@@ -55,7 +55,7 @@ def train(
     _check_weights(dataset, plan)
     layout, units, schedule = plan_batches(recipe, plan, dataset, world_size())
     facts = run_facts(recipe, plan, dataset, layout)
-    with _opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite) as unfinished:
+    with opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite, override=override_resume) as unfinished:
         if not unfinished:
             return run
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
@@ -157,94 +157,33 @@ def batch_lines(recipe: Recipe, layout: Layout, units: Units, total_steps: int, 
     return lines
 
 
-@contextmanager
-def _opened(
-    run: RunDirectory, recipe: Recipe, recipe_path: Path, facts: dict[str, Any], console: Console, *, resume: bool, overwrite: bool
-) -> Iterator[bool]:
-    """Lock and prepare the run directory (rank 0 alone writes); yields False when the run is finished already."""
-    if rank() != 0:
-        yield not (resume and run.is_finished())
-        return
-    run.create()
-    with run.lock():
-        if run.exists() and not resume:
-            if not overwrite:
-                hint = "add --overwrite to remove it, or name another place with --output"
-                raise FastossError("the run directory holds a run, and --no-resume would begin anew", place=str(run.root), hint=hint)
-            run.clear()
-        if run.exists() and (run.is_finished() or latest_checkpoint(run)):
-            check_same_run(run, recipe, facts)
-        else:
-            run.clear()  # nothing was saved that another recipe could not replace
-        sweep(run)
-        if run.is_finished():
-            console.say(f"{run.root} is finished already: its adapter is {run.adapter}")
-            yield False
-            return
-        console.log_to(run.log)
-        write_whole(run.recipe, recipe_path.read_bytes())
-        started = read_json(run.manifest)["started"] if run.manifest.is_file() else []
-        write_json(run.manifest, facts | {"started": [*started, time.strftime("%Y-%m-%dT%H:%M:%S%z")]})
-        write_json(run.resolved_recipe, resolved_dict(recipe))  # last: a run exists from here on
-        yield True
-
-
-def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> None:
-    """Refuse to go on with another recipe, other data, another number of processes, or batches laid out otherwise."""
-    before = resolved_dict(recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)))
-    now = resolved_dict(recipe)
-    changed = [
-        f"{section}.{key}: {old!r} → {now[section][key]!r}" if isinstance(values, dict) else f"{section}: {values!r} → {now[section]!r}"
-        for section, values in before.items()
-        if section not in _FREE_SECTIONS and section != "data"
-        for key, old in (values.items() if isinstance(values, dict) else [("", values)])
-        if (old != now[section][key] if isinstance(values, dict) else values != now[section])
-    ]
-    manifest = read_json(run.manifest)
-    if manifest["data"]["fingerprint"] != facts["data"]["fingerprint"]:
-        changed.append("the data has changed")
-    changed += [f"{key}: {manifest[key]} → {facts[key]}" for key in ("world_size", "backend", "precision", "layout") if manifest[key] != facts[key]]
-    if changed:
-        hint = "begin anew with --no-resume --overwrite, or in another place with --output"
-        raise FastossError(f"the run was begun otherwise: {'; '.join(changed)}", place=str(run.root), hint=hint)
-
-
-def run_facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout) -> dict[str, Any]:
-    """What the manifest says of a run. The card's name is added when the model is loaded: asking now would set up CUDA before Unsloth does."""
-    return {
-        "versions": library_versions(),
-        "python": sys.version.split()[0],
-        "gpu": None,
-        "backend": plan.backend,
-        "precision": plan.precision,
-        "layout": layout,
-        "world_size": world_size(),
-        "seed": recipe.train.seed,
-        "format": recipe.format.model_dump(mode="json"),
-        "data": report_to_plain(dataset.report),
-    }
-
-
 def _train_model(
     recipe: Recipe, run: RunDirectory, plan: ModelPlan, dataset: Dataset, layout: Layout, units: Units, schedule: Schedule,
     console: Console, trackers: list[str], start_adapter: Path | None,
 ) -> None:  # fmt: skip
     gpu = plan.device == "gpu"
     started = time.monotonic()
+    watchdog = Watchdog(run, recipe.distributed.ddp_timeout, console.shout)
+    watchdog.stage("loading the model")
+    watchdog.start()
     console.say(f"loading {plan.source or 'the tiny model'} …")
     model = load_model(recipe.model, plan)
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
-    if gpu and rank() == 0:
-        _note_card(run)
+    if rank() == 0:
+        check_room(run, counts.attention + counts.experts, recipe.checkpoint.keep)
+        if gpu:
+            _note_card(run)
+    watchdog.stage("proving the attention kernels")
     console.say(prove_attention(model))
     for note in notes:
         console.say(f"note: {note}")
 
     # From here on: Unsloth, if it is used, has been imported, and TRL may be.
     from fastoss.training.samples import Samples
-    from fastoss.training.scheduled import StopRequest, Training
+    from fastoss.training.scheduled import Training
+    from fastoss.training.signals import StopRequest
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
@@ -255,7 +194,8 @@ def _train_model(
     training = Training(
         recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
         train=units, schedule=schedule, eval=held_out, eval_batches=fill_batches(range(len(held_out)), held_out.lengths, rule),
-        layout=layout, stop=stop, total_steps=steps_of(schedule, recipe, world_size()),
+        layout=layout, stop=stop, watchdog=watchdog, writer=CheckpointWriter(run, recipe.checkpoint.keep, console.say),
+        total_steps=steps_of(schedule, recipe, world_size()),
     )  # fmt: skip
     settings: dict[str, Any] = {"recompute": recompute, "trackers": trackers}
     if recipe.method == "dpo":
@@ -280,17 +220,25 @@ def _train_model(
         console.say(f"going on from {checkpoint.name}")
     begun = time.monotonic()
     stop.watch()
+    watchdog.watch()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        training.writer.wait()
+    except Exception as problem:
+        raise _told(problem, trainer, run) from problem
     finally:
+        watchdog.rest()
         stop.restore()
+    _note_saving(run, training.writer.costs)
     if trainer.state.global_step < training.total_steps:
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
     first = checkpoint_step(checkpoint) + 1 if checkpoint else 1
     console.say(f"trained steps {first:,} to {training.total_steps:,} in {duration(time.monotonic() - begun)}")
+    watchdog.stage("asking the last questions")
     if rank() == 0:
         samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
     _save_adapter(trainer, recipe, run, plan)
+    watchdog.stop()
     console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}{samples.suggestion()}")
 
 
@@ -298,6 +246,24 @@ def _note_card(run: RunDirectory) -> None:
     import torch
 
     write_json(run.manifest, read_json(run.manifest) | {"gpu": torch.cuda.get_device_name()})
+
+
+def _note_saving(run: RunDirectory, costs: list[dict[str, Any]]) -> None:
+    """What the checkpoints of this start cost, into the manifest."""
+    if rank() == 0 and costs:
+        manifest = read_json(run.manifest)
+        write_json(run.manifest, manifest | {"checkpoints": [*manifest.get("checkpoints", []), *costs]})
+
+
+def _told(problem: Exception, trainer: Any, run: RunDirectory) -> Exception:
+    """A fault of the machine in words that say what to do; anything else as it is."""
+    full = disk_full(problem, run.root, 0, "the run")
+    if full is not None:
+        return full
+    step = trainer.state.global_step + 1
+    if world_size() > 1 and any(name in str(problem) for name in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
+        return RunFailed(f"process {rank()} lost contact with another one in step {step}", hint="the same command goes on from the last checkpoint")
+    return problem
 
 
 def _agree_on_checkpoint(step: int) -> None:
