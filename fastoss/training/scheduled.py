@@ -249,8 +249,8 @@ class ScheduledTrainer:
             raise out_of_memory(step, tokens // len(members), splitting=True)
         self._pieces *= 2
         self.training.console.shout(
-            f"note: {tokens:,} tokens did not fit into memory at step {step} ({memory_line()}): micro-batches are cut into {self._pieces} from here on; "
-            "batch and loss stay the same"
+            f"note: {tokens:,} tokens did not fit into memory at step {step} ({memory_line()}): "
+            f"micro-batches are cut into {self._pieces} from here on; batch and loss stay the same"
         )
 
     def _tokens(self, micro_batch: int) -> int:
