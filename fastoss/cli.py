@@ -201,6 +201,26 @@ def bench(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when something is broken.")] = False,
+) -> None:
+    """Look whether everything in a run directory is there and whole."""
+    from fastoss.run import RunDirectory
+    from fastoss.training.doctor import examine_run
+
+    findings = examine_run(RunDirectory(run))
+    if json_:
+        typer.echo(json.dumps({"run": str(run), "findings": [finding.to_plain() for finding in findings]}, indent=2, ensure_ascii=False))
+    else:
+        for finding in findings:
+            typer.echo(finding.line())
+    if strict and any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(EXIT_RUN_FAILED)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the recipe."""
     from fastoss.config import recipe_schema

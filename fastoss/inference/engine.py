@@ -19,8 +19,8 @@ from fastoss.data.conversation import Message
 from fastoss.data.harmony import Completion, CompletionParser, Delta, HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError, RunFailed
-from fastoss.model.adapter import read_stamp
-from fastoss.model.backend import has_gpu, load_model, plan_model, ready_for_inference
+from fastoss.model.adapter import check_adapter, read_stamp
+from fastoss.model.backend import has_gpu, load_model, model_source, plan_model, ready_for_inference
 from fastoss.model.checkpoint_source import checkpoint_source, native_precision
 from fastoss.model.lora import adapter_folder
 
@@ -58,6 +58,8 @@ class Engine:
     @classmethod
     def _base(cls, config: ModelConfig, format: FormatSettings, adapter: Path | None) -> Engine:
         plan = plan_model(config, gpu=has_gpu())
+        if adapter is not None:
+            check_adapter(adapter, model_source(plan))
         model = load_model(config, plan)
         if adapter is not None:
             from peft import PeftModel

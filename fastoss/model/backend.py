@@ -108,7 +108,7 @@ def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> Any:
     prepare_process(plan)
     from safetensors import SafetensorError
 
-    source = plan.source or _tiny_folder()
+    source = model_source(plan)
     form = checkpoint_form(read_config(source), source, plan.precision, plan.backend)
     try:
         model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan, form)
@@ -128,7 +128,7 @@ def load_chat_tokenizer(plan: ModelPlan) -> Any:
     """The transformers tokenizer of the model, which TRL asks for. It takes seconds; rendering uses our own."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(plan.source or _tiny_folder())
+    return PreTrainedTokenizerFast.from_pretrained(model_source(plan))
 
 
 def attach_lora(
@@ -259,10 +259,11 @@ def _four_bits(dtype: Any) -> Any:
     )  # fmt: skip
 
 
-def _tiny_folder() -> str:
+def model_source(plan: ModelPlan) -> str:
+    """The folder or hub id of the plan's base; the tiny model is built here if it is not there yet."""
     from fastoss.model.tiny import tiny_model_folder
 
-    return str(tiny_model_folder())
+    return plan.source or str(tiny_model_folder())
 
 
 def ready_for_inference(model: Any, plan: ModelPlan) -> Any:

@@ -5,7 +5,6 @@ The trainer hands over a folder with the small files and a copy of the optimizer
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.errors import FastossError, RunFailed
-from fastoss.run import RunDirectory, move_whole, read_json, size_of, write_json
+from fastoss.run import RunDirectory, file_digest, move_whole, read_json, size_of, write_json
 from fastoss.training.disk import disk_full
 
 MANIFEST = "checkpoint.json"
@@ -74,18 +73,10 @@ def latest_checkpoint(run: RunDirectory, say: Callable[[str], None] | None = Non
     return None
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sweep(run: RunDirectory) -> None:
-    """Remove what a killed run left half-written or half-deleted beside its checkpoints. Only under the run's lock."""
-    if run.checkpoints.is_dir():
-        for path in run.checkpoints.glob(".*"):
-            if path.is_dir():
-                shutil.rmtree(path)
+    """Remove what a killed run left half-written or half-deleted. Only under the run's lock."""
+    for path in [*run.checkpoints.glob(".*"), *run.root.glob(".*.tmp"), *run.root.glob(".*.old")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @dataclass

@@ -7,7 +7,9 @@ insists with --override-resume.
 
 from __future__ import annotations
 
+import platform
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -96,6 +98,8 @@ def run_facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout)
     return {
         "versions": library_versions(),
         "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "commit": _commit(),
         "gpu": None,
         "backend": plan.backend,
         "precision": plan.precision,
@@ -105,6 +109,17 @@ def run_facts(recipe: Recipe, plan: ModelPlan, dataset: Dataset, layout: Layout)
         "format": recipe.format.model_dump(mode="json"),
         "data": report_to_plain(dataset.report),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that fastoss runs from, with a plus where files were changed; None where it is installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed.strip() else "")
 
 
 def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, override: bool = False) -> list[Change]:

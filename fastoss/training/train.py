@@ -16,9 +16,9 @@ from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan
 from fastoss.data.store import Examples
 from fastoss.data.units import Units, pair_units, single_units, tree_units
 from fastoss.errors import FastossError, RunFailed, Stopped
-from fastoss.model.adapter import write_stamp
+from fastoss.model.adapter import check_adapter, write_stamp
 from fastoss.model.attention import prove_attention
-from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, plan_model, ready_for_training
+from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, model_source, plan_model, ready_for_training
 from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
@@ -44,7 +44,7 @@ def train(
     end_with_parent()
     plan = plan_model(recipe.model, gpu=has_gpu())
     _check_processes(recipe, plan, world_size())
-    start_adapter = _start_adapter(recipe)
+    start_adapter = _start_adapter(recipe, plan)
     trackers = prepare_trackers(recipe.log, run, console)
     console.say(f"{recipe.name}: {plan.line()}")
     for note in plan.notes:
@@ -69,8 +69,9 @@ def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, sample:
     import torch
 
     check_gpus(gpus, available=torch.cuda.device_count())
-    _check_processes(recipe, plan_model(recipe.model, gpu=has_gpu()), gpus)
-    _start_adapter(recipe)
+    plan = plan_model(recipe.model, gpu=has_gpu())
+    _check_processes(recipe, plan, gpus)
+    _start_adapter(recipe, plan)
     prepare_trackers(recipe.log, run, Console(quiet=True))
     build_dataset(recipe, sample=sample)
 
@@ -90,12 +91,13 @@ def _check_weights(dataset: Dataset, plan: ModelPlan) -> None:
         raise FastossError("weights of channels and messages are not available through Unsloth on a GPU yet", place="format.train_on", hint=hint)
 
 
-def _start_adapter(recipe: Recipe) -> Path | None:
+def _start_adapter(recipe: Recipe, plan: ModelPlan) -> Path | None:
     """The adapter that `model.adapter` names, checked as far as its files tell."""
     if recipe.model.adapter is None:
         return None
     folder = adapter_folder(recipe.model.adapter)
     check_adapter_settings(folder, recipe.lora)
+    check_adapter(folder, model_source(plan))
     return folder
 
 
@@ -184,6 +186,7 @@ def _train_model(
     from fastoss.training.samples import Samples
     from fastoss.training.scheduled import Training
     from fastoss.training.signals import StopRequest
+    from fastoss.training.tracker_guard import guard_trackers
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
@@ -212,6 +215,7 @@ def _train_model(
 
         trainer = HarmonySFTTrainer(training, model=model, args=sft_config(recipe, run, plan, **settings), processing_class=load_chat_tokenizer(plan))
     trainer.pop_callback(_printer())
+    guard_trackers(trainer, console)
     ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
     if recipe.method == "sft":
         check_first_batch(trainer, HarmonyRenderer(recipe.format))
@@ -281,7 +285,7 @@ def _save_adapter(trainer: Any, recipe: Recipe, run: RunDirectory, plan: ModelPl
     if rank() == 0:
         with whole_folder(run.adapter) as folder:
             trainer._save(str(folder))
-            write_stamp(folder, recipe.model, recipe.format, plan.backend)
+            write_stamp(folder, recipe.model, recipe.format, plan.backend, model_source(plan))
         shutil.rmtree(run.checkpoints / ".writing", ignore_errors=True)
 
 
