@@ -201,6 +201,23 @@ def bench(
 
 
 @app.command()
+def slurm(
+    recipe: RecipePath,
+    set: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="GPUs of the node, a process each.")] = 1,
+    time: Annotated[str, typer.Option("--time", metavar="T", help="The job's time limit, as sbatch takes it.")] = "08:00:00",
+    partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="The partition to queue in.")] = None,
+    venv: Annotated[Path | None, typer.Option("--venv", metavar="PATH", help="A virtual environment to activate first.")] = None,
+) -> None:
+    """Print a batch script for SLURM that saves ahead of the time limit and queues itself again."""
+    from fastoss.config import load_recipe
+    from fastoss.training.slurm import sbatch_script
+
+    name = load_recipe(recipe, set or ()).name
+    typer.echo(sbatch_script(recipe, name, gpus=gpus, time=time, partition=partition, venv=venv, changes=set or ()), nl=False)
+
+
+@app.command()
 def doctor(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,

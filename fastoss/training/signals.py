@@ -33,8 +33,9 @@ class StopRequest:
             self._old[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
+        """Back to how it was; or, when a stop was asked for and is under way, deaf: a signal that comes late changes nothing."""
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.signal is None else signal.SIG_IGN)
 
     def _receive(self, number: int, frame: Any) -> None:
         now = time.monotonic()

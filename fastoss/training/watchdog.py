@@ -55,6 +55,7 @@ class Watchdog:
 
     def watch(self) -> None:
         """From here on a stage may not last longer than the timeout."""
+        self.stage("on the way to its first step")
         self.strict = True
 
     def rest(self) -> None:
@@ -113,6 +114,8 @@ class Watchdog:
             if min(stuck.values()) > self.timeout:
                 # All stand still: the one that is least far keeps the others waiting.
                 last = min(lines, key=lambda number: lines[number]["stage"])
+                if len({line["stage"] for line in lines.values()}) == 1:
+                    return f"all processes have been {lines[last]['text']} for {duration(stuck[last])}"
                 others = "; ".join(f"process {number} waits {line['text']}" for number, line in lines.items() if number != last)
                 return f"process {last} has been {lines[last]['text']} for {duration(stuck[last])}; {others}"
         return None

@@ -37,7 +37,14 @@ class Running:
 
     @property
     def err(self) -> str:
-        return (self.folder / "err").read_text(encoding="utf-8", errors="replace")
+        path = self.folder / "err"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def wait_for_line(self, words: str, seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while words not in self.err:
+            assert time.monotonic() < until, f"never said {words!r}:\n{self.err}"
+            time.sleep(0.01)
 
     def wait(self, timeout: float = 120) -> Result:
         code = self.commands.ask({"wait": self.pid, "timeout": timeout})["code"]
@@ -54,7 +61,8 @@ class Commands:
         self.folder, self.count = folder, 0
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, "-m", "tests.faults.server"], cwd=ROOT, env=environment, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._answer()
 

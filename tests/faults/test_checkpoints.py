@@ -114,10 +114,14 @@ def test_what_a_kill_left_half_written_is_swept_away(place: Place, prepared: Pre
 
 def test_killed_within_the_writing_of_a_checkpoint(fresh: Place, prepared: Prepared):
     """The thread that writes is held up in the middle; the process dies there."""
-    held = (
-        SLOW
-        + "\nimport torch\nsave = torch.save\ndef slow_save(*a, **k):\n    save(*a, **k)\n    time.sleep(60 if 'optimizer' in str(a[1]) else 0)\ntorch.save = slow_save\n"
-    )
+    held = """
+import time, torch
+save = torch.save
+def slow_save(state, file, *a, **k):
+    save(state, file, *a, **k)
+    time.sleep(60 if "optimizer" in str(file) else 0)
+torch.save = slow_save
+"""
     running = fresh.start(prelude=held)
     wait_for(fresh.run / "checkpoints" / ".writing" / "checkpoint-2" / "optimizer.pt", running)
     running.kill()
