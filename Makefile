@@ -6,7 +6,7 @@ TORCH_CPU := torch==2.13.0
 UNSLOTH_CPU := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint bench gpu gpu-dry clean
+.PHONY: quickstart test lint bench gpu gpu-dry soak clean
 
 quickstart: .venv/base.done  ## train the tiny model on the shipped sample, show base and tuned replies
 	$(BIN)/fastoss train recipes/quickstart.toml --no-resume --overwrite
@@ -29,6 +29,9 @@ gpu:  ## GPU checks in phases, on a machine with a GPU and fastoss installed wit
 
 gpu-dry: .venv/test.done  ## the same script from start to end at the tiny shape, on the CPU
 	$(BIN)/python benchmarks/gpu_checks.py --dry-run
+
+soak: .venv/test.done  ## kill -9 at forty random moments of a run, resumed each time (about ten minutes)
+	$(BIN)/python -m tests.faults.soak
 
 clean:
 	rm -rf .venv runs

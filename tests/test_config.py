@@ -82,7 +82,6 @@ def test_resolved_recipe_comes_back(tmp_path):
         ('name = "../x"\n[[data]]\nsource = "a"\n', (), "error: r.toml:1: `name`: string should match pattern"),
         (BASE + "[dpo]\nbeta = 0.2\n", (), 'error: r.toml:6: `[dpo]` belongs to method = "dpo", and this recipe says method = "sft"'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available in this version'),
-        (BASE + '[train]\non_oom = "split"\n', (), 'error: r.toml:7: `train.on_oom = "split"` is not available in this version'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available'),
         (BASE, ("hub.push=true",), "error: --set hub.push=true: `hub.push = true` is not available in this version"),
         (
