@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,78 +16,11 @@ from typing import Any
 
 import pytest
 
-from ..conftest import ROOT, ROWS, TINY_RECIPE, Result
+from ..commands import Commands, Running
+from ..conftest import ROWS, TINY_RECIPE, Result
 
 STEPS = 8
 CHANGES = ("--set", f"train.max_steps={STEPS}", "--set", "checkpoint.every=2", "--set", "checkpoint.keep=3", "--set", "log.every=1")
-
-
-@dataclass
-class Running:
-    """A command under way."""
-
-    commands: Commands
-    pid: int
-    folder: Path
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
-
-    @property
-    def err(self) -> str:
-        path = self.folder / "err"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-    def wait_for_line(self, words: str, seconds: float = 60) -> None:
-        until = time.monotonic() + seconds
-        while words not in self.err:
-            assert time.monotonic() < until, f"never said {words!r}:\n{self.err}"
-            time.sleep(0.01)
-
-    def wait(self, timeout: float = 120) -> Result:
-        code = self.commands.ask({"wait": self.pid, "timeout": timeout})["code"]
-        if code is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            raise AssertionError(f"still running after {timeout} s:\n{self.err}")
-        return Result(code, (self.folder / "out").read_text(encoding="utf-8"), self.err)
-
-
-class Commands:
-    """`fastoss …` as forked processes (see server.py)."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"], cwd=ROOT, env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.server.stdout
-        line = self.server.stdout.readline()
-        assert line, "the server of the fault tests has died"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.server.stdin
-        self.server.stdin.write(json.dumps(request) + "\n")
-        return self._answer()
-
-    def start(self, *arguments: object, cwd: Path, prelude: str = "", **environment: str) -> Running:
-        self.count += 1
-        folder = self.folder / str(self.count)
-        folder.mkdir(parents=True)
-        request = {
-            "arguments": [str(argument) for argument in arguments], "cwd": str(cwd), "env": environment, "prelude": prelude,
-            "out": str(folder / "out"), "err": str(folder / "err"),
-        }  # fmt: skip
-        return Running(self, self.ask(request)["pid"], folder)
-
-    def run(self, *arguments: object, cwd: Path, prelude: str = "", timeout: float = 120, **environment: str) -> Result:
-        return self.start(*arguments, cwd=cwd, prelude=prelude, **environment).wait(timeout)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """`make soak`: kill -9 at forty random moments of a run with a checkpoint each step; resumed, each must end as the unbroken run did.
 
-To the last bit: losses, metrics, weights. Each round is a run of its own, killed at a moment drawn evenly over an unbroken run's
-time (loading, steps, saving, the last words), then started again. Results go to benchmarks/results/soak.json as they come.
+To the last bit: losses, metrics, weights. Each round is a run of its own, killed a random moment after a random step (or while it
+loads, or in its last words), then started again. Results go to benchmarks/results/soak.json as they come.
 """
 
 from __future__ import annotations
@@ -21,23 +21,33 @@ from fastoss.model.adapter import library_versions
 from fastoss.run import RunDirectory, write_json
 from fastoss.training.checkpoint import checkpoint_fault, list_checkpoints
 
+from ..commands import Commands
 from ..conftest import ROOT, ROWS, TINY_RECIPE, metrics
-from .conftest import Commands
 
 RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
 STEPS = 20
 SETTINGS = ("--set", f"train.max_steps={STEPS}", "--set", "checkpoint.every=1", "--set", "checkpoint.keep=2", "--set", 'samples.prompts=["hi"]')
 
 
-def round_of(commands: Commands, folder: Path, number: int, seconds: float, whole: Path, lasts: float) -> dict[str, object]:
-    """One run, killed after `seconds` and started again; what was found."""
+def steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def round_of(commands: Commands, folder: Path, number: int, rng: random.Random, whole: Path) -> dict[str, object]:
+    """One run, killed and started again; what was found."""
     run = folder / f"run-{number}"
     command = ("train", "recipe.toml", "--output", run, *SETTINGS)
     running = commands.start(*command, cwd=folder)
-    time.sleep(seconds)
+    after_step, delay = rng.randint(-2, STEPS), rng.uniform(0, 0.4)  # below zero: while it loads
+    if after_step < 0:
+        delay = rng.uniform(0.2, 4)
+    while steps_done(run) < after_step:
+        time.sleep(0.002)
+    time.sleep(delay)
     running.kill()
     killed = running.wait().code == -signal.SIGKILL
-    at_step = len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+    at_step = steps_done(run)
     torn = [path.name for path in list_checkpoints(RunDirectory(run)) if checkpoint_fault(path)]
     begun = time.monotonic()
     again = commands.run(*command, cwd=folder)
@@ -48,8 +58,9 @@ def round_of(commands: Commands, folder: Path, number: int, seconds: float, whol
     left = [path.name for path in run.rglob(".*") if path.name != ".lock"]
     shutil.rmtree(run)
     return {
-        "killed_after_s": round(seconds, 3), "was_running": killed, "at_step": at_step, "torn_checkpoints": torn, "resumed": again.code,
-        "metrics_equal": equal, "weights_equal": weights, "left_over": left, "resume_s": round(took, 2), "unbroken_s": round(lasts, 2),
+        "after_step": after_step, "delay_s": round(delay, 3), "was_running": killed, "at_step": at_step, "torn_checkpoints": torn,
+        "resumed": again.code,
+        "metrics_equal": equal, "weights_equal": weights, "left_over": left, "resume_s": round(took, 2),
     }  # fmt: skip
 
 
@@ -69,13 +80,11 @@ def main(rounds: int = 40) -> None:
         whole = folder / "whole"
         for _ in range(2):  # the first also builds the tiny model
             shutil.rmtree(whole, ignore_errors=True)
-            begun = time.monotonic()
             assert commands.run("train", "recipe.toml", "--output", whole, *SETTINGS, cwd=folder).code == 0
-            lasts = time.monotonic() - begun
         costs = json.loads((whole / "manifest.json").read_text())["checkpoints"]
         found = []
         for number in range(rounds):
-            found.append(round_of(commands, folder, number, rng.uniform(0.2, 0.95 * lasts), whole, lasts))
+            found.append(round_of(commands, folder, number, rng, whole))
             print(f"{number + 1}/{rounds}: {json.dumps(found[-1])}", flush=True)
             good = sum(map(as_unbroken, found))
             write_json(RESULTS, {

@@ -17,6 +17,7 @@ import traceback
 def child(request: dict) -> None:
     os.setsid()
     os.chdir(request["cwd"])
+    os.environ.clear()
     os.environ.update(request["env"])
     for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         descriptor = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -48,12 +49,13 @@ def child(request: dict) -> None:
 
 def ended(pid: int, timeout: float) -> int | None:
     until = time.monotonic() + timeout
-    while time.monotonic() < until:
+    while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
         time.sleep(0.01)
-    return None
 
 
 def main() -> None:
