@@ -22,13 +22,14 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import _ForwardRedirection
 
 from fastoss.config import Recipe
-from fastoss.data.harmony import Example
+from fastoss.data.harmony import IGNORE, Example, HarmonyRenderer
 from fastoss.data.packing import LOSS_MARKS, Layout, collate
 from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
 from fastoss.model.head import token_losses
 from fastoss.run import RunDirectory
 from fastoss.training.cadence import Cadence
+from fastoss.training.first_batch import check_example, laid_out
 from fastoss.training.progress import rank, world_size
 from fastoss.training.scheduled import BROKEN_HINT, ScheduledTrainer, Training, common_arguments, one_card
 
@@ -240,6 +241,37 @@ class HarmonyDPOTrainer(ScheduledTrainer, DPOTrainer):
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def check_first_pairs(trainer: HarmonyDPOTrainer, renderer: HarmonyRenderer) -> None:
+    """Take the batch that the trainer will train on first and hold both answers of each pair against a fresh rendering.
+
+    Every id of prompt and answer, which tokens are scored, in the order in which TRL sums them: chosen ones, then rejected
+    ones. The tokens before an answer are those that ask for it. Raises `RunFailed` naming row and token where they differ.
+    """
+    training = trainer.training
+    assert training.recipe.dpo is not None
+    scored = dict.fromkeys(training.recipe.dpo.score_on, 1.0)
+    renderer = HarmonyRenderer(renderer.format.model_copy(update={"train_on": scored}))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    rows = {name.removeprefix("row_"): values for name, values in batch.items() if name.startswith("row_")}
+    ids = rows["input_ids"].flatten()
+    labels = torch.full_like(ids, IGNORE).index_copy(0, batch["scored"], ids[batch["scored"]]).view_as(rows["input_ids"])
+    laid = laid_out(rows | {"labels": labels})
+    summed = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+    pairs = [training.train[i] for i in training.schedule.batches[rank()]]
+    if (len(laid), len(summed)) != (len(pairs) if training.layout == "packed" else 2 * len(pairs), 2 * len(pairs)):
+        raise RunFailed(f"the first batch holds {len(laid)} documents and {len(summed)} answers of {len(pairs)} pairs")
+    for number, pair in enumerate(pairs):
+        for side, example in enumerate(pair):
+            said = example.conversation
+            fresh = renderer.render_last(said)
+            check_example(fresh, laid[number] if training.layout == "packed" else laid[2 * number + side])
+            asked = renderer.render_prompt(said.messages[:-1], said.reasoning_effort, said.tools, said.current_date)
+            meant = [label for label in fresh.labels if label != IGNORE]
+            if fresh.input_ids[: fresh.prompt_length] != asked or summed[number + side * len(pairs)] != meant:
+                name = ("chosen", "rejected")[side]
+                raise RunFailed(f"the {name} answer of the first batch is not what was rendered, or not what answers its prompt", place=said.place)
 
 
 def _pairs(batch: dict[str, torch.Tensor]) -> int:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastoss.run import write_whole
+from fastoss.report.curves import write_curves
+from fastoss.run import RunDirectory, write_whole
 
 
 def rank() -> int:
@@ -119,3 +120,13 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def draw_curves(run: RunDirectory, console: Console) -> None:
+    """Draw the run's metrics so far. A picture that cannot be drawn is said, and costs the run nothing."""
+    if rank() != 0:
+        return
+    try:
+        write_curves(run)
+    except Exception as problem:
+        console.say(f"note: curves.svg could not be drawn: {type(problem).__name__}: {problem}")

@@ -14,13 +14,14 @@ import trl.trainer.sft_trainer
 from trl import SFTConfig, SFTTrainer
 
 from fastoss.config import CHANNELS, Recipe
-from fastoss.data.harmony import IGNORE, Example, HarmonyRenderer
+from fastoss.data.harmony import IGNORE, HarmonyRenderer
 from fastoss.data.packing import collate
 from fastoss.errors import RunFailed
 from fastoss.model.backend import ModelPlan
 from fastoss.model.head import TrainedTokenLoss
 from fastoss.run import RunDirectory
 from fastoss.training.cadence import Cadence
+from fastoss.training.first_batch import check_example, laid_out
 from fastoss.training.progress import rank, world_size
 from fastoss.training.scheduled import BROKEN_HINT, ScheduleCollator, ScheduledTrainer, Training, common_arguments, one_card
 
@@ -123,7 +124,7 @@ def check_first_batch(trainer: HarmonySFTTrainer, renderer: HarmonyRenderer) -> 
     training = trainer.training
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     units = [training.train[i] for i in training.schedule.batches[rank()]]
-    laid = _laid_out(batch)
+    laid = laid_out(batch)
     if training.layout == "padded":
         units = [[example] for unit in units for example in unit]
     if len(laid) != len(units):
@@ -133,46 +134,8 @@ def check_first_batch(trainer: HarmonySFTTrainer, renderer: HarmonyRenderer) -> 
         for example in unit:
             fresh = renderer.render_last(example.conversation)
             trained += sum(label != IGNORE for label in fresh.labels)
-            _check_example(fresh, segments)
+            check_example(fresh, segments)
         marked = sum(label != IGNORE for _, _, labels in segments for label in labels)
         if marked != trained:
             fact = f"the first batch trains {marked} tokens of a row, {trained} were rendered"
             raise RunFailed(fact, place=unit[0].conversation.place)
-
-
-Laid = tuple[int, list[int], list[int]]  # how many trunk tokens come before it, ids, labels
-
-
-def _check_example(fresh: Example, segments: list[Laid]) -> None:
-    """An example is the trunk's beginning, or that and a branch: with its very labels, or with none where another trains them."""
-    (_, trunk, trunk_labels), *_ = segments
-    place = 0
-    for fork, ids, labels in segments:
-        got = ids if fork == 0 else trunk[:fork] + ids
-        marks = labels if fork == 0 else trunk_labels[: fork + 1] + labels[1:]
-        apart = [i for i, meant in enumerate(fresh.input_ids) if i >= len(got) or got[i] != meant]
-        wrong = [i for i, meant in enumerate(fresh.labels) if i < len(marks) and meant != IGNORE and marks[i] != meant]
-        if not apart and not wrong:
-            return
-        place = max(place, min(apart + wrong))
-    raise RunFailed(f"token {place} of the first batch, or its label, is not what was rendered", place=fresh.conversation.place)
-
-
-def _laid_out(batch: dict[str, torch.Tensor]) -> list[list[Laid]]:
-    """The batch's documents, each as its trunk and branches."""
-    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    if "position_ids" not in batch:
-        lengths = batch["attention_mask"].sum(1).tolist()
-        padding = [set(row[n:]) for row, n in zip(labels, lengths, strict=True)]
-        assert all(rest <= {IGNORE} for rest in padding), "padding carries loss"
-        return [[(0, row[:n], marks[:n])] for row, marks, n in zip(ids, labels, lengths, strict=True)]
-    positions = batch["position_ids"][0].tolist()
-    starts = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
-    documents: list[list[Laid]] = []
-    for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
-        segment = (positions[start], ids[0][start:end], labels[0][start:end])
-        if positions[start] == 0:
-            documents.append([segment])
-        else:
-            documents[-1].append(segment)
-    return documents

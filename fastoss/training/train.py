@@ -24,7 +24,7 @@ from fastoss.run import RunDirectory, read_json, whole_folder, write_json
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
 from fastoss.training.disk import check_room, disk_full
 from fastoss.training.launch import check_gpus
-from fastoss.training.progress import Console, MetricsFile, duration, rank, world_size
+from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
 from fastoss.training.resume import opened, run_facts
 from fastoss.training.signals import end_with_parent
 from fastoss.training.trackers import prepare_trackers
@@ -202,7 +202,7 @@ def _train_model(
     )  # fmt: skip
     settings: dict[str, Any] = {"recompute": recompute, "trackers": trackers}
     if recipe.method == "dpo":
-        from fastoss.training.dpo import HarmonyDPOTrainer, dpo_config
+        from fastoss.training.dpo import HarmonyDPOTrainer, check_first_pairs, dpo_config
         from fastoss.training.reference import reference_logps
 
         arguments = dpo_config(recipe, run, plan, **settings)
@@ -219,6 +219,8 @@ def _train_model(
     ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
     if recipe.method == "sft":
         check_first_batch(trainer, HarmonyRenderer(recipe.format))
+    else:
+        check_first_pairs(trainer, HarmonyRenderer(recipe.format))
     _agree_on_checkpoint(checkpoint_step(checkpoint) if checkpoint else 0)
     if checkpoint:
         console.say(f"going on from {checkpoint.name}")
@@ -233,6 +235,7 @@ def _train_model(
     finally:
         watchdog.rest()
         stop.restore()
+        draw_curves(run, console)
     _note_saving(run, training.writer.costs)
     if trainer.state.global_step < training.total_steps:
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
