@@ -21,8 +21,9 @@ _ONE = "train"  # a panel of one metric: the line is called train, and the dotte
 def write_curves(run: RunDirectory) -> Path:
     """Draw what `metrics.jsonl` holds so far into `curves.svg` of the run directory, whole or not at all."""
     entries = read_metrics(run)
-    panels = panels_of(entries)
-    with drawn(heading(run, entries), panels, marks_of(entries), columns=3) as figure:
+    resumed = resumed_after(run, entries)
+    marks = [Mark(step + 0.5, INK) for step in resumed] + [Mark(entry["step"], ORANGE) for entry in entries if "failed" in entry]
+    with drawn(heading(run, entries), panels_of(entries, resumed), marks, columns=3) as figure:
         picture = to_svg(figure, f"Curves of the run {run.root.name}")
     path = run.root / NAME
     write_whole(path, picture)
@@ -43,8 +44,8 @@ def read_metrics(run: RunDirectory) -> list[Entry]:
     return entries
 
 
-def panels_of(entries: Sequence[Entry]) -> list[Panel]:
-    """The plots that these metrics make; a metric that was never written makes none."""
+def panels_of(entries: Sequence[Entry], resumed: Sequence[int] = ()) -> list[Panel]:
+    """The plots that these metrics make; a metric that was never written makes none. `resumed` are steps after which the run was started again."""
     preferences = any("rewards/margins" in entry or "eval_rewards/margins" in entry for entry in entries)
     trained_channels = [channel for channel in _CHANNELS if any(channel[1] in entry for entry in entries)]
     sides = (("chosen", "{}/chosen", BLUE), ("rejected", "{}/rejected", ORANGE))
@@ -66,7 +67,7 @@ def panels_of(entries: Sequence[Entry]) -> list[Panel]:
         _panel(entries, "learning rate", (_ONE, "learning_rate", BLUE)),
         _panel(entries, "gradient norm", (_ONE, "grad_norm", BLUE), log=True),
     ]
-    measured = speeds(entries)
+    measured = speeds(entries, resumed)
     if measured:
         panels.append(Panel("tokens a second", [Series(_ONE, measured, BLUE)], limits=(0, 1.1 * max(speed for _, speed in measured))))
     return [panel for panel in panels if panel.series]
@@ -86,36 +87,35 @@ def _points(entries: Sequence[Entry], key: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
 
 
-def speeds(entries: Sequence[Entry]) -> list[tuple[float, float]]:
+def speeds(entries: Sequence[Entry], resumed: Sequence[int] = ()) -> list[tuple[float, float]]:
     """Tokens a second of each step but the first after a start; the pause for an evaluation or a checkpoint counts with the step after it."""
     steps = [entry for entry in entries if "seconds" in entry]
     return [
         (later["step"], (later["num_tokens"] - earlier["num_tokens"]) / (later["seconds"] - earlier["seconds"]))
         for earlier, later in pairwise(steps)
-        if later["seconds"] > earlier["seconds"]
+        if earlier["step"] not in resumed and later["seconds"] > earlier["seconds"]  # the clock counts from each start
     ]
 
 
-def resumed_after(entries: Sequence[Entry]) -> list[int]:
-    """Steps after which the run was started again: its clock, `seconds`, counts from the start of each process."""
-    steps = [entry for entry in entries if "seconds" in entry]
-    return [earlier["step"] for earlier, later in pairwise(steps) if later["seconds"] < earlier["seconds"]]
-
-
-def marks_of(entries: Sequence[Entry]) -> list[Mark]:
-    """A line where the run was started again, and one where it failed."""
-    resumed = [Mark(step + 0.5, INK) for step in resumed_after(entries)]
-    return resumed + [Mark(entry["step"], ORANGE) for entry in entries if "failed" in entry]
+def resumed_after(run: RunDirectory, entries: Sequence[Entry]) -> list[int]:
+    """Steps whose checkpoint the run went on from, and has gone beyond."""
+    told = _manifest(run).get("resumed_after_step", [])
+    last = max((entry["step"] for entry in entries), default=0)
+    # Where a later start had to go back further, the steps were made again, in one go.
+    return sorted({step for number, step in enumerate(told) if step < last and all(step <= later for later in told[number + 1 :])})
 
 
 def heading(run: RunDirectory, entries: Sequence[Entry]) -> str:
     """The run's name, how far it went, how often it was started, and what became of it."""
     steps = [entry["step"] for entry in entries if "loss" in entry]
     told = [run.root.name, f"{steps[-1]:,} steps" if steps else "no step yet"]
-    starts = len(read_json(run.manifest).get("started", [])) if run.manifest.is_file() else 1
-    resumed = resumed_after(entries)
+    starts = len(_manifest(run).get("started", []))
+    resumed = ", ".join(f"{step:,}" for step in resumed_after(run, entries))
     if starts > 1:
-        where = f" (dashed: after step {', '.join(f'{step:,}' for step in resumed)})" if resumed else ""
-        told.append(f"started {starts} times{where}")
+        told.append(f"started {starts} times" + (f" (dashed: after step {resumed})" if resumed else ""))
     told += [f"failed at step {entry['step']:,}: {shorten(str(entry['failed']), 60)}" for entry in entries if "failed" in entry]
     return " · ".join(told)
+
+
+def _manifest(run: RunDirectory) -> Any:
+    return read_json(run.manifest) if run.manifest.is_file() else {}

@@ -86,6 +86,7 @@ def opened(
         begun = {
             "run_id": before.get("run_id") or secrets.token_hex(8),  # by which trackers know a run that goes on
             "started": [*before.get("started", []), time.strftime("%Y-%m-%dT%H:%M:%S%z")],
+            "resumed_after_step": [*before.get("resumed_after_step", []), *([checkpoint_step(checkpoint)] if checkpoint else [])],
             "changed": [*before.get("changed", []), *({"at_step": checkpoint_step(checkpoint), "what": c.line()} for c in accepted if checkpoint)],
         }
         write_json(run.manifest, facts | begun)
