@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,13 +17,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastoss.config import load_recipe
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from fastoss.config import ModelConfig, load_recipe
 from fastoss.data.dataset import build_dataset
 from fastoss.data.packing import BatchRule, fill_batches
 from fastoss.data.units import pair_units
 from fastoss.errors import FastossError
+from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
+from fastoss.report.curves import panels_of, read_metrics, resumed_after
+from fastoss.run import RunDirectory, file_lock
+from fastoss.training.dpo import HarmonyDPOTrainer, answer_logps, collate_pairs
+from fastoss.training.train import train
 
-from .conftest import ROOT, ROWS, fastoss, metrics
+from .conftest import ROOT, fastoss, metrics
 
 QUESTIONS = ["你是谁?", "What is 2+2?", "Sing a song of cats, a long one please", "Where?", "Any tea?", "晚安", "A joke", "Count to three, slowly"]
 PAIRS = [
@@ -55,18 +65,31 @@ every = 100
 WATCHED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
+ASKED = f"[samples]\nmax_new_tokens = 12\nprompts = {json.dumps(QUESTIONS, ensure_ascii=False)}\n"
+
+
+def write_pairs(folder: Path, count: int = len(PAIRS)) -> Path:
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS[:count]))
+    (folder / "r.toml").write_text(RECIPE)
+    return folder
+
+
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    (tmp_path / "r.toml").write_text(RECIPE)
-    return tmp_path
+    return write_pairs(tmp_path)
 
 
-def trained(folder: Path, name: str, *arguments: object, recipe: str = "r.toml") -> Path:
-    run = folder / name
-    result = fastoss("train", recipe, "--output", run, *arguments, cwd=folder)
+def trained(folder: Path, name: str, *arguments: object, recipe: str = "r.toml", **environment: str) -> Path:
+    """A run through the command line, in a process of its own."""
+    result = fastoss("train", recipe, "--output", name, *arguments, cwd=folder, **environment)
     assert result.code == 0, result.err
-    return run
+    return folder / name
+
+
+def trained_here(folder: Path, name: str, *changes: str, recipe: str = "r.toml") -> Path:
+    """The same run without the ten seconds in which a process imports its libraries."""
+    torch.set_num_threads(1)
+    return train(load_recipe(folder / recipe, list(changes)), folder / recipe, RunDirectory(folder / name)).root
 
 
 def sets(*changes: str) -> list[str]:
@@ -80,24 +103,120 @@ def same(one: Path, other: Path, tolerance: float = 1e-4) -> None:
                 assert mine[key] == pytest.approx(theirs[key], rel=tolerance, abs=1e-5), key
 
 
-def test_the_chosen_side_wins(pairs):
-    run = trained(pairs, "run", *sets("train.max_steps=15", "train.learning_rate=3e-3", "lora.r=16", "lora.lora_alpha=32"))
-    entries = metrics(run)
+@pytest.fixture(scope="module")
+def after_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT and then DPO, through the command line. SFT teaches half of the questions the rejected answer, so that neither side is preferred.
+
+    Made once for all workers of a test run.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "after-sft"
+    with file_lock(folder.with_suffix(".lock")):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            write_pairs(folder)
+            taught = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"]} for i, p in enumerate(PAIRS)]
+            (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taught))
+            dpo = RECIPE.replace("r = 4\nlora_alpha = 8", "r = 16\nlora_alpha = 32") + ASKED
+            (folder / "dpo.toml").write_text(dpo)
+            (folder / "sft.toml").write_text(dpo.replace('method = "dpo"\n', "").replace("pairs.jsonl", "sft.jsonl"))
+            trained(folder, "sft", *sets("train.max_steps=30", "train.learning_rate=6e-3"), recipe="sft.toml")
+            trained(folder, "dpo", *sets("train.max_steps=6", "model.adapter=sft"), recipe="dpo.toml")
+            (folder / "done").touch()
+    return folder
+
+
+def answers(run: Path) -> list[str]:
+    return [json.loads(line)["after"]["content"] for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def preferred(folder: Path, adapter: Path) -> list[bool]:
+    """Of each training pair: whether the tuned model holds the chosen answer likelier than the rejected one."""
+    recipe = load_recipe(folder / "dpo.toml")
+    plan = plan_model(recipe.model, gpu=False)
+    model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan, adapter=adapter)
+    with torch.no_grad():
+        logps, _ = answer_logps(model.eval(), collate_pairs(list(pair_units(build_dataset(recipe).train, [1.0] * 16, trees=True)[:]), "packed"))
+    chosen, rejected = logps.sum(1).chunk(2)
+    return (chosen > rejected).tolist()
+
+
+def test_after_sft_the_chosen_side_wins(after_sft):
+    entries = metrics(after_sft / "dpo")
     assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert entries[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert entries[-1]["rewards/accuracies"] == 1.0
     assert entries[-1]["rewards/margins"] > 3
     assert all(key in entries[-1] for key in (*WATCHED, "kl_proxy"))
+    assert preferred(after_sft, after_sft / "sft" / "adapter") == [bool(i % 2) for i in range(8)]  # what SFT taught: half
+    assert all(preferred(after_sft, after_sft / "dpo" / "adapter"))
+
+
+def test_after_sft_greedy_answers_move_to_the_chosen_side(after_sft):
+    def chosen_side(run: Path) -> list[bool]:
+        """Whether each reply begins as the chosen answers do; it must begin as one of the two sides."""
+        replies = answers(run)
+        assert all(reply.startswith(("Nya", "As a")) for reply in replies), replies
+        return [reply.startswith("Nya") for reply in replies]
+
+    assert chosen_side(after_sft / "sft") == [bool(i % 2) for i in range(8)]
+    assert all(chosen_side(after_sft / "dpo"))
+
+
+def test_the_margin_is_drawn(after_sft):
+    picture = (after_sft / "dpo" / "curves.svg").read_text(encoding="utf-8")
+    entries = read_metrics(RunDirectory(after_sft / "dpo"))
+    (margin,) = (panel for panel in panels_of(entries) if panel.title.startswith("margin"))
+    assert margin.title in picture
+    (line,) = margin.series
+    assert line.points == [(entry["step"], entry["rewards/margins"]) for entry in entries]
+    assert line.points[0][1] == pytest.approx(0, abs=1e-4)
+    assert line.points[-1][1] > 3
+
+
+def test_the_reference_is_the_one_named(after_sft, monkeypatch):
+    """Against the adapter that the run starts from all margins begin at 0; against the base they do not."""
+    monkeypatch.chdir(after_sft)
+    off = trained_here(after_sft, "off", "train.max_steps=1", "model.adapter=sft", "dpo.reference=adapter_off", "samples.prompts=[]", recipe="dpo.toml")
+    start = after_sft / "dpo"
+    first, other = metrics(start)[0], metrics(off)[0]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert first["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-6)  # the policy is the same, the reference is not
+    assert "asking the reference (sft/adapter)" in (start / "log.txt").read_text()
+    assert "asking the reference (the base model)" in (off / "log.txt").read_text()
+    # From logits: what the base alone, and the adapter it is not, hold of the chosen answers.
+    recipe = load_recipe(after_sft / "dpo.toml")
+    plan = plan_model(recipe.model, gpu=False)
+    model, counts, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan, adapter=after_sft / "sft" / "adapter")
+    assert "attention" in counts.line()
+    assert "experts" in counts.line()
+    model.eval()
+    tuned = logit_logps(model, build_dataset(recipe).train[::2])
+    with model.disable_adapter():
+        base = logit_logps(model, build_dataset(recipe).train[::2])
+    assert other["rewards/chosen"] == pytest.approx(0.1 * float((tuned - base).mean()), rel=1e-4)
+    assert other["rewards/chosen"] > 1
+
+
+def logit_logps(model, examples) -> torch.Tensor:
+    """Summed log-probabilities of what is scored in each example, from its full logits alone."""
+    sums = []
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        logps = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+        places = torch.tensor([i for i, label in enumerate(example.labels) if label != -100])
+        sums.append(logps[places - 1, ids[0, places]].sum())
+    return torch.stack(sums)
+
+
+@functools.cache
+def chat_tokenizer():
+    return load_chat_tokenizer(plan_model(ModelConfig(name="tiny", precision="float32"), gpu=False))
 
 
 def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
     """Stock TRL on the same pairs and the same first weights: one padded batch of them all, its own reference."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    from fastoss.config import ModelConfig
-    from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
-
     recipe = load_recipe(folder / "r.toml", changes)
     plan = plan_model(ModelConfig(name="tiny", precision="float32"), gpu=False)
     model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan, seed=recipe.train.seed)
@@ -122,7 +241,7 @@ def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
         max_grad_norm=0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", optim="adamw_torch", max_length=None,
         router_aux_loss_coef=0.0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, remove_unused_columns=False, **config,
     )  # fmt: skip
-    trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=load_chat_tokenizer(plan))
+    trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=chat_tokenizer())
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -138,59 +257,96 @@ def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
         ),
     ],
 )
-def test_losses_rewards_and_gradients_are_those_of_stock_trl(pairs, changes, config, one_thread):
-    ours = metrics(trained(pairs, "ours", *sets("train.max_steps=3", *changes)))
-    theirs = by_trl(pairs, list(changes), config)
+def test_losses_rewards_and_gradients_are_those_of_stock_trl(tmp_path, changes, config):
+    write_pairs(tmp_path, 3)  # TRL's logits are 70 MB an answer
+    ours = metrics(trained_here(tmp_path, "ours", "train.max_steps=3", *changes))
+    theirs = by_trl(tmp_path, list(changes), config)
     for mine, other in zip(ours, theirs, strict=True):
         for key in WATCHED:
             assert mine[key] == pytest.approx(float(other[key]), rel=2e-4, abs=2e-5), (key, mine["step"])
 
 
-def test_log_probabilities_are_those_of_the_logits(pairs, one_thread):
-    """Against full logits of each answer alone, and the loss as the paper writes it."""
-    from fastoss.config import LoraSettings, ModelConfig
-    from fastoss.model.backend import attach_lora, load_model, plan_model
-    from fastoss.training.dpo import answer_logps, collate_pairs
+LOSSES = {  # as their papers write them, of the two log-ratios to the reference (for ipo: of their means over tokens), with beta 0.1
+    "sigmoid": lambda chosen, rejected: -F.logsigmoid(0.1 * (chosen - rejected)),  # Rafailov et al. 2023, eq. 7
+    "ipo": lambda chosen, rejected: (chosen - rejected - 1 / (2 * 0.1)) ** 2,  # Azar et al. 2023, eq. 17
+    "hinge": lambda chosen, rejected: torch.relu(1 - 0.1 * (chosen - rejected)),  # Zhao et al. 2023, eq. 3
+}
 
-    plan = plan_model(ModelConfig(name="tiny", precision="float32"), gpu=False)
-    model, _, _ = attach_lora(load_model(ModelConfig(name="tiny", precision="float32"), plan), LoraSettings(r=4), plan)
-    dataset = build_dataset(load_recipe(pairs / "r.toml"))
-    found = {}
-    for layout in ("packed", "padded"):
-        units = pair_units(dataset.train, dataset.weights, trees=layout == "packed")
-        logps, _ = answer_logps(model, collate_pairs(list(units[:]), layout))
-        found[layout] = logps.sum(1)
-    expected = []
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_rewards_and_gradients_are_those_of_a_plain_implementation(tmp_path, kind, monkeypatch):
+    """Full logits of each answer alone, and the loss as its paper writes it, held against the trainer's second step."""
+    seen = []
+
+    def watch(trainer, model, *arguments, **others):
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        seen.append({name: (p.detach().clone(), p.grad.clone()) for name, p in parameters.items()})
+        return grad_norm(trainer, model, *arguments, **others)
+
+    grad_norm = HarmonyDPOTrainer._get_grad_norm
+    monkeypatch.setattr(HarmonyDPOTrainer, "_get_grad_norm", watch)
+    write_pairs(tmp_path, 3)
+    entry = metrics(trained_here(tmp_path, "run", "train.max_steps=2", f'dpo.loss_type=["{kind}"]', "lora.targets=[\"attention\", \"experts\"]"))[1]
+    recipe = load_recipe(tmp_path / "r.toml")
+    plan = plan_model(recipe.model, gpu=False)
+    model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan)
+    examples = build_dataset(recipe).train
+    with torch.no_grad(), model.disable_adapter():
+        reference = logit_logps(model, examples)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for example in [*dataset.train[::2], *dataset.train[1::2]]:
-            ids = torch.tensor([example.input_ids])
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
-            scored = [i for i, label in enumerate(example.labels) if label != -100]
-            expected.append(sum(logits[i - 1, example.input_ids[i]] for i in scored))
-    for layout in found:
-        torch.testing.assert_close(found[layout], torch.stack(expected), rtol=1e-5, atol=1e-4)
-    chosen, rejected = found["packed"].chunk(2)
-    assert -F.logsigmoid(0.1 * ((chosen - chosen.detach()) - (rejected - rejected.detach()))).mean().item() == pytest.approx(math.log(2))
+        for name, (value, _) in seen[1].items():
+            parameters[name].copy_(value)
+    policy = logit_logps(model, examples)
+    ratios = policy - reference
+    if kind == "ipo":
+        ratios = ratios / torch.tensor([example.trained_tokens for example in examples])
+    loss = LOSSES[kind](ratios[::2], ratios[1::2]).mean()
+    loss.backward()
+    rewards = 0.1 * (policy - reference).detach()
+    expected = {
+        "loss": loss, "rewards/chosen": rewards[::2].mean(), "rewards/rejected": rewards[1::2].mean(),
+        "rewards/margins": (rewards[::2] - rewards[1::2]).mean(), "logps/chosen": policy[::2].mean(), "logps/rejected": policy[1::2].mean(),
+    }  # fmt: skip
+    for key, value in expected.items():
+        assert entry[key] == pytest.approx(float(value.detach()), rel=1e-5, abs=1e-5), key
+    scale = max(float(p.grad.abs().max()) for p in parameters.values())
+    for name, (_, gradient) in seen[1].items():
+        torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_both_layouts_give_the_log_probabilities_of_the_logits(pairs, one_thread):
+    recipe = load_recipe(pairs / "r.toml")
+    plan = plan_model(recipe.model, gpu=False)
+    model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan)
+    dataset = build_dataset(recipe)
+    with torch.no_grad():
+        expected = logit_logps(model, [*dataset.train[::2], *dataset.train[1::2]])
+        for layout in ("packed", "padded"):
+            units = pair_units(dataset.train, dataset.weights, trees=layout == "packed")
+            logps, _ = answer_logps(model, collate_pairs(list(units[:]), layout))
+            torch.testing.assert_close(logps.sum(1), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_packed_padded_accumulated_and_two_processes_agree(pairs):
-    packed = trained(pairs, "packed")
+    packed = trained_here(pairs, "packed")
     assert "as trees" in (packed / "log.txt").read_text()
     (pairs / "rows.toml").write_text(RECIPE.replace("tokens_per_batch = 2048", "per_device_train_batch_size = 8"))
-    same(packed, trained(pairs, "padded", recipe="rows.toml"))
-    accumulated = [*sets("train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2")]
-    same(packed, trained(pairs, "accumulated", *accumulated, recipe="rows.toml"))
+    same(packed, trained_here(pairs, "padded", recipe="rows.toml"))
+    accumulated = ("train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2")
+    same(packed, trained_here(pairs, "accumulated", *accumulated, recipe="rows.toml"))
     same(packed, trained(pairs, "two", *sets("train.per_device_train_batch_size=4"), "--gpus", 2, recipe="rows.toml"))
 
 
 def test_unsloth_and_transformers_agree(pairs):
     pytest.importorskip("unsloth", reason="Unsloth is not installed")
-    same(trained(pairs, "plain", *sets("train.max_steps=2")), trained(pairs, "unsloth", *sets("train.max_steps=2", "model.backend=unsloth")), 1e-3)
+    same(trained_here(pairs, "plain", "train.max_steps=2"), trained(pairs, "unsloth", *sets("train.max_steps=2", "model.backend=unsloth")), 1e-3)
 
 
 def test_held_out_pairs_and_resume(pairs):
-    settings = sets("eval.fraction=0.3", "eval.every=2", "checkpoint.every=2")
-    whole = trained(pairs, "whole", *settings)
+    changes = ("eval.fraction=0.3", "eval.every=2", "checkpoint.every=2")
+    settings = sets(*changes)
+    whole = trained_here(pairs, "whole", *changes)
     evaluated = [entry for entry in metrics(whole) if "eval_loss" in entry]
     assert evaluated
     assert {"eval_rewards/margins", "eval_rewards/accuracies"} <= evaluated[0].keys()
@@ -200,42 +356,46 @@ def test_held_out_pairs_and_resume(pairs):
             time.sleep(0.02)
         process.kill()
     broken = trained(pairs, "broken", *settings)
+    picture = (broken / "curves.svg").read_text(encoding="utf-8")
+    assert "started 2 times" in picture
+    (went_on,) = json.loads((broken / "manifest.json").read_text())["resumed_after_step"]
+    assert resumed_after(RunDirectory(broken), read_metrics(RunDirectory(broken))) == ([went_on] if went_on < 4 else [])
     assert metrics(broken) == metrics(whole)
     assert (broken / "adapter" / "adapter_model.safetensors").read_bytes() == (whole / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_the_reference_is_the_one_named(pairs):
-    """After SFT: against the adapter that the run starts from all margins begin at 0; against the base they do not."""
-    (pairs / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    sft = RECIPE.replace('method = "dpo"\n', "").replace("pairs.jsonl", "data.jsonl").replace('name = "dpo"', 'name = "sft"')
-    (pairs / "sft.toml").write_text(sft.replace("1e-3", "5e-3"))
-    trained(pairs, "sft", recipe="sft.toml")
-    after = ("--set", "model.adapter=sft")
-    start = trained(pairs, "start", *after)
-    off = trained(pairs, "off", *after, *sets("dpo.reference=adapter_off"))
-    first, other = metrics(start)[0], metrics(off)[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
-    assert abs(other["rewards/chosen"]) > 1e-2
-    assert first["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-6)  # the policy is the same, the reference is not
-    assert "asking the reference (sft/adapter)" in (start / "log.txt").read_text()
-    assert "asking the reference (the base model)" in (off / "log.txt").read_text()
+def test_the_reference_is_asked_once(tmp_path, monkeypatch):
+    """A hit, a miss and a stale key; what was asked before gives the very run that asking anew does."""
+    monkeypatch.setenv("FASTOSS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / tiny_model_folder().name).exists()
+    write_pairs(tmp_path, 4)
 
+    def run(name: str, *changes: str) -> tuple[bool, Path]:
+        root = trained_here(tmp_path, name, "train.max_steps=2", *changes)
+        log = (root / "log.txt").read_text()
+        asked = "asking the reference" in log
+        assert asked != ("are in the cache (4 pairs)" in log)
+        return asked, root
 
-def test_the_reference_is_asked_once(pairs, tmp_path_factory):
-    own = {"FASTOSS_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    def kept() -> list[Path]:
+        return sorted((tmp_path / "cache").rglob("reference-*.npy"))
 
-    def said(name: str, *changes: str) -> str:
-        result = fastoss("train", "r.toml", "--output", pairs / name, *sets("train.max_steps=1", *changes), cwd=pairs, **own)
-        assert result.code == 0, result.err
-        return result.err
-
-    assert "asking the reference" in said("first")
-    assert "are in the cache (8 pairs)" in said("again", "train.learning_rate=1e-4", "dpo.beta=0.5")
-    same_first = [metrics(pairs / name)[0]["logps/chosen"] for name in ("first", "again")]
-    assert same_first[0] == same_first[1]
-    (pairs / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS[:-1]))
-    assert "asking the reference" in said("other", "model.max_length=256")
+    asked, first = run("first")
+    assert asked
+    (file,) = kept()
+    again, cached = run("again")
+    assert not again
+    assert metrics(first) == metrics(cached)
+    assert not run("other-settings", "train.learning_rate=1e-4", "dpo.beta=0.5", "lora.r=8")[0]  # none of these is in the reference
+    numpy.save(file, numpy.load(file) + 1)
+    assert metrics(run("read")[1])[0]["rewards/chosen"] == pytest.approx(-0.1, abs=1e-4)  # it is the file that is read
+    file.unlink()
+    assert run("gone")[0]
+    rows = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(rows.replace("number 0", "number 9"))
+    assert run("other-tokens")[0]
+    assert len(kept()) == 2
 
 
 def test_pairs_are_packed_whole(pairs):
