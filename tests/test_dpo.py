@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -24,11 +25,12 @@ from fastoss.config import ModelConfig, load_recipe
 from fastoss.data.dataset import build_dataset
 from fastoss.data.packing import BatchRule, fill_batches
 from fastoss.data.units import pair_units
-from fastoss.errors import FastossError
-from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
+from fastoss.errors import FastossError, RunFailed
+from fastoss.model.backend import ModelPlan, attach_lora, load_chat_tokenizer, load_model, plan_model
+from fastoss.model.tiny import tiny_model_folder
 from fastoss.report.curves import panels_of, read_metrics, resumed_after
 from fastoss.run import RunDirectory, file_lock
-from fastoss.training.dpo import HarmonyDPOTrainer, answer_logps, collate_pairs
+from fastoss.training.dpo import HarmonyDPOTrainer, PairCollator, answer_logps, collate_pairs
 from fastoss.training.train import train
 
 from .conftest import ROOT, fastoss, metrics
@@ -65,11 +67,11 @@ every = 100
 WATCHED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
-ASKED = f"[samples]\nmax_new_tokens = 12\nprompts = {json.dumps(QUESTIONS, ensure_ascii=False)}\n"
+ASKED = f"[samples]\nmax_new_tokens = 12\nprompts = {json.dumps(QUESTIONS[:6], ensure_ascii=False)}\n"
 
 
-def write_pairs(folder: Path, count: int = len(PAIRS)) -> Path:
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS[:count]))
+def write_pairs(folder: Path, some: Sequence[dict] = PAIRS) -> Path:
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in some))
     (folder / "r.toml").write_text(RECIPE)
     return folder
 
@@ -115,8 +117,8 @@ def after_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            write_pairs(folder)
-            taught = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"]} for i, p in enumerate(PAIRS)]
+            write_pairs(folder, PAIRS[:6])
+            taught = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"]} for i, p in enumerate(PAIRS[:6])]
             (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taught))
             dpo = RECIPE.replace("r = 4\nlora_alpha = 8", "r = 16\nlora_alpha = 32") + ASKED
             (folder / "dpo.toml").write_text(dpo)
@@ -137,7 +139,7 @@ def preferred(folder: Path, adapter: Path) -> list[bool]:
     plan = plan_model(recipe.model, gpu=False)
     model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan, adapter=adapter)
     with torch.no_grad():
-        logps, _ = answer_logps(model.eval(), collate_pairs(list(pair_units(build_dataset(recipe).train, [1.0] * 16, trees=True)[:]), "packed"))
+        logps, _ = answer_logps(model.eval(), collate_pairs(list(pair_units(build_dataset(recipe).train, [1.0] * 12, trees=True)[:]), "packed"))
     chosen, rejected = logps.sum(1).chunk(2)
     return (chosen > rejected).tolist()
 
@@ -149,7 +151,7 @@ def test_after_sft_the_chosen_side_wins(after_sft):
     assert entries[-1]["rewards/accuracies"] == 1.0
     assert entries[-1]["rewards/margins"] > 3
     assert all(key in entries[-1] for key in (*WATCHED, "kl_proxy"))
-    assert preferred(after_sft, after_sft / "sft" / "adapter") == [bool(i % 2) for i in range(8)]  # what SFT taught: half
+    assert preferred(after_sft, after_sft / "sft" / "adapter") == [bool(i % 2) for i in range(6)]  # what SFT taught: half
     assert all(preferred(after_sft, after_sft / "dpo" / "adapter"))
 
 
@@ -160,7 +162,7 @@ def test_after_sft_greedy_answers_move_to_the_chosen_side(after_sft):
         assert all(reply.startswith(("Nya", "As a")) for reply in replies), replies
         return [reply.startswith("Nya") for reply in replies]
 
-    assert chosen_side(after_sft / "sft") == [bool(i % 2) for i in range(8)]
+    assert chosen_side(after_sft / "sft") == [bool(i % 2) for i in range(6)]
     assert all(chosen_side(after_sft / "dpo"))
 
 
@@ -211,8 +213,14 @@ def logit_logps(model, examples) -> torch.Tensor:
 
 
 @functools.cache
-def chat_tokenizer():
-    return load_chat_tokenizer(plan_model(ModelConfig(name="tiny", precision="float32"), gpu=False))
+def chat_tokenizer(plan: ModelPlan):
+    """The tokenizer as ever, read once: only TRL asks for it, and that takes longer than a run of four steps."""
+    return load_chat_tokenizer(plan)
+
+
+@pytest.fixture(autouse=True)
+def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastoss.training.train.load_chat_tokenizer", chat_tokenizer)
 
 
 def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
@@ -241,7 +249,7 @@ def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
         max_grad_norm=0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", optim="adamw_torch", max_length=None,
         router_aux_loss_coef=0.0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, remove_unused_columns=False, **config,
     )  # fmt: skip
-    trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=chat_tokenizer())
+    trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=chat_tokenizer(plan))
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -258,7 +266,7 @@ def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
     ],
 )
 def test_losses_rewards_and_gradients_are_those_of_stock_trl(tmp_path, changes, config):
-    write_pairs(tmp_path, 3)  # TRL's logits are 70 MB an answer
+    write_pairs(tmp_path, PAIRS[1:3])  # TRL's logits are 70 MB an answer
     ours = metrics(trained_here(tmp_path, "ours", "train.max_steps=3", *changes))
     theirs = by_trl(tmp_path, list(changes), config)
     for mine, other in zip(ours, theirs, strict=True):
@@ -285,7 +293,7 @@ def test_losses_rewards_and_gradients_are_those_of_a_plain_implementation(tmp_pa
 
     grad_norm = HarmonyDPOTrainer._get_grad_norm
     monkeypatch.setattr(HarmonyDPOTrainer, "_get_grad_norm", watch)
-    write_pairs(tmp_path, 3)
+    write_pairs(tmp_path, PAIRS[:3])
     entry = metrics(trained_here(tmp_path, "run", "train.max_steps=2", f'dpo.loss_type=["{kind}"]', "lora.targets=[\"attention\", \"experts\"]"))[1]
     recipe = load_recipe(tmp_path / "r.toml")
     plan = plan_model(recipe.model, gpu=False)
@@ -366,10 +374,12 @@ def test_held_out_pairs_and_resume(pairs):
 
 def test_the_reference_is_asked_once(tmp_path, monkeypatch):
     """A hit, a miss and a stale key; what was asked before gives the very run that asking anew does."""
-    monkeypatch.setenv("FASTOSS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / tiny_model_folder().name).exists()
-    write_pairs(tmp_path, 4)
+    shared, cache = tiny_model_folder().parent, tmp_path / "cache"
+    cache.mkdir()
+    for made in (*shared.glob("tiny-*"), *shared.glob("tokenizer-*.json")):  # model and tokenizer need not be built again
+        (cache / made.name).symlink_to(made)
+    monkeypatch.setenv("FASTOSS_CACHE", str(cache))
+    write_pairs(tmp_path, PAIRS[:4])
 
     def run(name: str, *changes: str) -> tuple[bool, Path]:
         root = trained_here(tmp_path, name, "train.max_steps=2", *changes)
@@ -379,7 +389,7 @@ def test_the_reference_is_asked_once(tmp_path, monkeypatch):
         return asked, root
 
     def kept() -> list[Path]:
-        return sorted((tmp_path / "cache").rglob("reference-*.npy"))
+        return sorted(cache.rglob("reference-*.npy"))
 
     asked, first = run("first")
     assert asked
@@ -396,6 +406,46 @@ def test_the_reference_is_asked_once(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text(rows.replace("number 0", "number 9"))
     assert run("other-tokens")[0]
     assert len(kept()) == 2
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_first_pairs_are_held_against_a_fresh_rendering(tmp_path, layout, monkeypatch):
+    """Each way in which a batch can differ from what was rendered stops the run before its first step."""
+    write_pairs(tmp_path, PAIRS[:3])
+    if layout == "padded":
+        (tmp_path / "r.toml").write_text(RECIPE.replace("tokens_per_batch = 2048", "per_device_train_batch_size = 3"))
+    untouched = PairCollator.__call__
+    batches = []
+
+    def spoilt(change):
+        def collate(self, items):
+            batch = untouched(self, items)
+            batches.append(batch)
+            change(batch)
+            return batch
+
+        return collate
+
+    def other_prompt(batch):
+        batch["row_input_ids"][0, 5] += 1
+
+    def other_answer(batch):
+        batch["row_input_ids"].view(-1)[batch["scored"][-1]] += 1
+
+    def sides_swapped(batch):
+        for name in ("input_ids", "completion_mask"):
+            batch[name] = batch[name].roll(len(batch[name]) // 2, 0)
+
+    def one_token_less(batch):
+        batch["scored"] = batch["scored"][:-1]
+
+    for change in (other_prompt, other_answer, sides_swapped, one_token_less):
+        monkeypatch.setattr(PairCollator, "__call__", spoilt(change))
+        with pytest.raises(RunFailed, match="first batch") as caught:
+            trained_here(tmp_path, change.__name__, "train.max_steps=1")
+        assert caught.value.place.startswith("pairs.jsonl:") or str(tmp_path) in caught.value.place
+        assert not (tmp_path / change.__name__ / "adapter").exists()
+    assert len(batches) == 4  # the check's own, and none was trained
 
 
 def test_pairs_are_packed_whole(pairs):

@@ -108,7 +108,7 @@ def resumed_after(run: RunDirectory, entries: Sequence[Entry]) -> list[int]:
 def heading(run: RunDirectory, entries: Sequence[Entry]) -> str:
     """The run's name, how far it went, how often it was started, and what became of it."""
     steps = [entry["step"] for entry in entries if "loss" in entry]
-    told = [run.root.name, f"{steps[-1]:,} steps" if steps else "no step yet"]
+    told = [run.root.name, f"{steps[-1]:,} step{'s' * (steps[-1] > 1)}" if steps else "no step yet"]
     starts = len(_manifest(run).get("started", []))
     resumed = ", ".join(f"{step:,}" for step in resumed_after(run, entries))
     if starts > 1:
