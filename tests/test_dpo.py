@@ -124,7 +124,7 @@ def after_sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "dpo.toml").write_text(dpo)
             (folder / "sft.toml").write_text(dpo.replace('method = "dpo"\n', "").replace("pairs.jsonl", "sft.jsonl"))
             trained(folder, "sft", *sets("train.max_steps=30", "train.learning_rate=6e-3"), recipe="sft.toml")
-            trained(folder, "dpo", *sets("train.max_steps=6", "model.adapter=sft"), recipe="dpo.toml")
+            trained(folder, "dpo", *sets("train.max_steps=10", "train.learning_rate=2e-3", "model.adapter=sft"), recipe="dpo.toml")
             (folder / "done").touch()
     return folder
 
