@@ -1,4 +1,4 @@
-"""DPO beside stock TRL on the same pairs, on the CPU (`make bench`): time and memory as ratios, each side in a process of its own.
+"""DPO beside stock TRL on the same pairs, on the CPU (for `make bench`): time and memory as ratios, each side in a process of its own.
 
 Both train the same pairs in the same order on the same small gpt-oss with the same LoRA, through their own trainers. TRL has its
 best legal settings: reference log-probabilities precomputed, batches of pairs of like lengths (the least padding), no gradient

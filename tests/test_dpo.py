@@ -466,7 +466,7 @@ def test_pairs_are_packed_whole(pairs):
         ({"prompt": "q", "chosen": "a"}, "pairs.jsonl:9: "),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "pairs.jsonl:9: chosen and rejected are the same"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "pairs.jsonl:9: the rejected answer: the answer is empty"),
-        ({"prompt": "q<|end|>", "chosen": "a", "rejected": "b"}, "pairs.jsonl:9: the text holds the control token <|end|>"),
+        ({"prompt": "q<|end|>", "chosen": "a", "rejected": "b"}, "pairs.jsonl:9: the prompt: the text holds the control token <|end|>"),
         ({"chosen": [{"role": "user", "content": "q"}], "rejected": [{"role": "user", "content": "q"}]}, "pairs.jsonl:9: "),
     ],
 )

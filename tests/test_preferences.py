@@ -128,6 +128,40 @@ def test_identity_and_names_of_columns():
     assert unread_pair_columns(Row(columns | {"note": 1, "question": "x"}, "x"), mapping) == {"note", "question"}
 
 
+CONTROL = "the text holds the control token <|end|>"
+
+
+@pytest.mark.parametrize(
+    ("columns", "fact"),
+    [
+        ({"prompt": "u", "chosen": "", "rejected": "b"}, "the chosen answer: the answer is empty"),
+        ({"prompt": "u", "chosen": "a", "rejected": " "}, "the rejected answer: the answer is empty"),
+        ({"prompt": "u", "chosen": "<think>a</think>", "rejected": "b"}, "the chosen answer: the answer is empty"),
+        ({"messages": [USER, {**CHOSEN, "content": ""}, USER, CHOSEN], "rejected_response": "b"}, "the prompt: the answer is empty"),
+        ({"messages": [USER, {**CHOSEN, "content": ""}], "rejected_response": "b"}, "the chosen answer: the answer is empty"),
+        ({"prompt": "u<|end|>", "chosen": "a", "rejected": "b"}, f"the prompt: {CONTROL}"),
+        ({"prompt": "u", "chosen": "a<|end|>", "rejected": "b"}, f"the chosen answer: {CONTROL}"),
+        ({"prompt": "u", "chosen": "a", "rejected": "b<|end|>"}, f"the rejected answer: {CONTROL}"),
+        ({"messages": [USER, {**CHOSEN, "content": "<|end|>"}, USER, CHOSEN], "rejected_response": "b"}, f"the prompt: {CONTROL}"),
+        ({"chosen": [USER], "rejected": [USER, REJECTED]}, "the chosen answer: the conversation does not end with an answer"),
+        ({"chosen": [USER, CHOSEN], "rejected": [USER]}, "the rejected answer: the conversation does not end with an answer"),
+        ({"chosen": [CHOSEN], "rejected": [REJECTED]}, "the prompt: message 1 is of the assistant, but it is the user's turn"),
+    ],
+)
+def test_a_fault_names_the_answer_or_the_prompt(columns, fact):
+    assert refusal(columns).fact == fact
+
+
+@pytest.mark.parametrize("kind", ["messages", "response"])
+def test_answers_in_columns_of_other_names(kind):
+    columns = {f"chosen_{kind}": [USER, CHOSEN], f"rejected_{kind}": [USER, REJECTED]}
+    problem = refusal(columns)
+    assert problem.fact == f"the answers are in `chosen_{kind}` and `rejected_{kind}`, not in `chosen` and `rejected`"
+    assert problem.hint == f'say which they are: columns = {{ chosen = "chosen_{kind}", rejected = "rejected_{kind}" }}'
+    understood = pair(columns, columns={"chosen": f"chosen_{kind}", "rejected": f"rejected_{kind}"})  # and the hint is right
+    assert [c.messages for c in (understood.chosen, understood.rejected)] == [(U, A), (U, B)]
+
+
 @pytest.mark.parametrize(
     ("columns", "fact"),
     [

@@ -40,12 +40,22 @@ def row_to_preference(row: Row, identity: Identity | None = None, columns: Mappi
     if columns:
         row = renamed(row, columns)
     better, worse = _pair(row)
-    chosen = conversation_from(row, better, identity)
+    chosen = _understood(row, better, identity, "chosen")
+    return Preference(chosen, _checked(chosen, _understood(row, worse, identity, "rejected")))
+
+
+def _understood(row: Row, reading: Reading, identity: Identity | None, side: str) -> Conversation:
+    """The conversation that ends with one of the answers; what is wrong with it names the answer, or the prompt that both share."""
     try:
-        rejected = conversation_from(row, worse, identity)
+        return conversation_from(row, reading, identity)
     except BadRow as problem:
-        raise BadRow(f"the rejected answer: {problem.fact}", place=row.place, hint=problem.hint) from None
-    return Preference(chosen, _checked(chosen, rejected))
+        where = f"the {side} answer"
+        try:
+            conversation_from(row, reading._replace(entries=[*reading.entries[:-1], {"role": "assistant", "content": "…"}]), identity)
+        except BadRow as other:  # with an answer that is beyond doubt as well
+            if other.fact == problem.fact:
+                where = "the prompt"
+        raise BadRow(f"{where}: {problem.fact}", place=row.place, hint=problem.hint) from None
 
 
 def unread_pair_columns(row: Row, columns: Mapping[str, str] | None = None) -> set[str]:
@@ -84,6 +94,10 @@ def _pair(row: Row) -> tuple[Reading, Reading]:
     if name is None:
         hint = 'give `prompt`, `chosen` and `rejected`, or `messages` and `rejected_response`; answers without a rival are for method = "sft"'
         raise BadRow(f"the row is no pair of answers ({', '.join(columns) or 'no columns'})", place=place, hint=hint)
+    ours = name.replace("rejected", "chosen")
+    if ours in columns:
+        hint = f'say which they are: columns = {{ chosen = "{ours}", rejected = "{name}" }}'
+        raise BadRow(f"the answers are in `{ours}` and `{name}`, not in `chosen` and `rejected`", place=place, hint=hint)
     reading = read_row(_without_rival(row))
     return reading, reading._replace(entries=_ended(reading.entries[:-1], columns[name], name, place), numbers=None)
 
