@@ -163,7 +163,8 @@ def ours(rows: list[tuple[list[int], list[int], list[int]]], folder: Path) -> di
         writer=CheckpointWriter(run, 1, console.say), total_steps=len(batches),
     )  # fmt: skip
     model, meter = small_model(), Meter()
-    trainer = HarmonyDPOTrainer(training, model=model, args=dpo_config(recipe, run, plan, recompute=False, trackers=[]), processing_class=_tokenizer())
+    arguments = dpo_config(recipe, run, plan, recompute=False, trackers=[])
+    trainer = HarmonyDPOTrainer(training, model=model, args=arguments, processing_class=_tokenizer())
     trainer.add_callback(meter.callback)
     _without_saving(trainer)
     with Peak() as memory:

@@ -17,7 +17,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
@@ -180,7 +179,8 @@ def test_the_margin_is_drawn(after_sft):
 def test_the_reference_is_the_one_named(after_sft, monkeypatch):
     """Against the adapter that the run starts from all margins begin at 0; against the base they do not."""
     monkeypatch.chdir(after_sft)
-    off = trained_here(after_sft, "off", "train.max_steps=1", "model.adapter=sft", "dpo.reference=adapter_off", "samples.prompts=[]", recipe="dpo.toml")
+    changes = ("train.max_steps=1", "model.adapter=sft", "dpo.reference=adapter_off", "samples.prompts=[]")
+    off = trained_here(after_sft, "off", *changes, recipe="dpo.toml")
     start = after_sft / "dpo"
     first, other = metrics(start)[0], metrics(off)[0]
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
@@ -294,7 +294,7 @@ def test_losses_rewards_and_gradients_are_those_of_a_plain_implementation(tmp_pa
     grad_norm = HarmonyDPOTrainer._get_grad_norm
     monkeypatch.setattr(HarmonyDPOTrainer, "_get_grad_norm", watch)
     write_pairs(tmp_path, PAIRS[:3])
-    entry = metrics(trained_here(tmp_path, "run", "train.max_steps=2", f'dpo.loss_type=["{kind}"]', "lora.targets=[\"attention\", \"experts\"]"))[1]
+    entry = metrics(trained_here(tmp_path, "run", "train.max_steps=2", f'dpo.loss_type=["{kind}"]', 'lora.targets=["attention", "experts"]'))[1]
     recipe = load_recipe(tmp_path / "r.toml")
     plan = plan_model(recipe.model, gpu=False)
     model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan)
