@@ -34,9 +34,11 @@ MEDIAN_ANSWER, SIGMA, LONGEST_ANSWER, PROMPT_FACTOR = 20, 0.6, 96, 3
 PAIRS_A_STEP, STEPS, WARM_UP, REPEATS = 8, 10, 2, 3
 LEARNING_RATE, BETA = 1e-3, 0.1
 
+Pair = tuple[list[int], list[int], list[int]]  # ids of the prompt, the chosen and the rejected answer
 
-def pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
-    """Random tokens: prompt, chosen and rejected answer. Pairs of like lengths come together, a step's worth at a time."""
+
+def pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Random tokens. Pairs of like lengths come together, a step's worth at a time."""
     from benchmarks.training_cpu import VOCABULARY
 
     rng = random.Random(seed)
@@ -68,7 +70,7 @@ class Meter:
 
         meter = self
         self.marks: list[tuple[float, float]] = []
-        self.losses: list[float] = []
+        self.logs: list[dict[str, float]] = []  # of each step
 
         class Callback(transformers.TrainerCallback):
             def on_step_begin(self, *arguments: Any, **others: Any) -> None:
@@ -76,7 +78,7 @@ class Meter:
 
             def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
                 if logs and "loss" in logs:
-                    meter.losses.append(float(logs["loss"]))
+                    meter.logs.append({name: float(value) for name, value in logs.items()})
 
             def on_train_end(self, *arguments: Any, **others: Any) -> None:
                 meter.marks.append((time.perf_counter(), time.process_time()))
@@ -85,8 +87,8 @@ class Meter:
 
     def told(self) -> dict[str, Any]:
         """Steps after the warm-up: from the beginning of each to that of the next."""
-        first, last = self.marks[WARM_UP], self.marks[-1]
-        return {"wall": last[0] - first[0], "cpu": last[1] - first[1], "losses": self.losses}
+        first, last = self.marks[min(WARM_UP, len(self.marks) - 2)], self.marks[-1]
+        return {"wall": last[0] - first[0], "cpu": last[1] - first[1], "logs": self.logs}
 
 
 class Peak:
@@ -116,8 +118,8 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def ours(rows: list[tuple[list[int], list[int], list[int]]], folder: Path) -> dict[str, Any]:
-    """Our trainer over packed trees; the reference asked first, as a run does."""
+def ours(rows: list[Pair], folder: Path, **dpo: Any) -> dict[str, Any]:
+    """Our trainer over packed trees; the reference asked first, as a run does. `dpo` are further settings of `[dpo]`."""
     import torch
 
     from benchmarks.training_cpu import small_model
@@ -141,7 +143,7 @@ def ours(rows: list[tuple[list[int], list[int], list[int]]], folder: Path) -> di
             "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0, "max_grad_norm": 0,
             "tokens_per_batch": 1 << 20,
         },
-        "dpo": {"beta": BETA}, "log": {"trackers": []},
+        "dpo": {"beta": BETA, **dpo}, "log": {"trackers": []},
     }  # fmt: skip
     recipe = recipe_from_resolved(settings, "benchmarks/dpo_cpu.py")
 
@@ -182,8 +184,8 @@ def ours(rows: list[tuple[list[int], list[int], list[int]]], folder: Path) -> di
     return meter.told() | {"reference_cpu": reference, "peak_mb": memory.above, "tokens": sum(units.lengths)}
 
 
-def trl(rows: list[tuple[list[int], list[int], list[int]]], folder: Path) -> dict[str, Any]:
-    """Stock TRL, its reference precomputed."""
+def trl(rows: list[Pair], folder: Path, **dpo: Any) -> dict[str, Any]:
+    """Stock TRL, its reference precomputed. `dpo` are further arguments of its configuration."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -195,10 +197,10 @@ def trl(rows: list[tuple[list[int], list[int], list[int]]], folder: Path) -> dic
 
     columns = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r, "prompt": "", "chosen": "", "rejected": ""} for p, c, r in rows]
     arguments = DPOConfig(
-        output_dir=str(folder), per_device_train_batch_size=PAIRS_A_STEP, num_train_epochs=1, learning_rate=LEARNING_RATE, beta=BETA,
+        output_dir=str(folder), per_device_train_batch_size=PAIRS_A_STEP, num_train_epochs=1, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", max_grad_norm=0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", optim="adamw_torch",
         max_length=None, router_aux_loss_coef=0.0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, remove_unused_columns=False,
-        train_sampling_strategy="sequential", precompute_ref_log_probs=True,
+        train_sampling_strategy="sequential", precompute_ref_log_probs=True, **{"beta": BETA, **dpo},
     )  # fmt: skip
     model, meter = small_model(), Meter()
     model.get_base_model().set_attn_implementation("eager")
@@ -249,9 +251,10 @@ def compare(steps: int = STEPS, repeats: int = REPEATS) -> dict[str, Any]:
         order = ("ours", "trl") if repeat % 2 == 0 else ("trl", "ours")
         taken.append({side: measured(side, steps) for side in order})
     first = taken[0]
-    apart = max(abs(a - b) for a, b in zip(first["ours"]["losses"], first["trl"]["losses"], strict=True))
+    losses = {side: [entry["loss"] for entry in first[side]["logs"]] for side in ("ours", "trl")}
+    apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["trl"], strict=True))
     if apart > 1e-4:
-        raise SystemExit(f"the losses are {apart} apart: {first['ours']['losses']} {first['trl']['losses']}")
+        raise SystemExit(f"the losses are {apart} apart: {losses}")
 
     def times(key: str) -> dict[str, float]:
         ratios = [both["trl"][key] / both["ours"][key] for both in taken]
@@ -265,7 +268,7 @@ def compare(steps: int = STEPS, repeats: int = REPEATS) -> dict[str, Any]:
         "peak_mb": {side: statistics.median(both[side]["peak_mb"] for both in taken) for side in ("ours", "trl")},
         "step_cpu_seconds": {side: statistics.median(both[side]["cpu"] for both in taken) / (steps - WARM_UP) for side in ("ours", "trl")},
         "loss_difference": apart,
-        "losses": first["ours"]["losses"],
+        "losses": losses["ours"],
         "pairs_a_step": PAIRS_A_STEP, "steps": steps, "warm_up": WARM_UP, "repeats": repeats, "prompt_over_answer": PROMPT_FACTOR, "target": 2.5,
         "command": "python benchmarks/dpo_cpu.py",
     }  # fmt: skip

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from fastoss.config import ModelConfig, load_recipe
+from fastoss.config import load_recipe
 from fastoss.data.dataset import build_dataset
 from fastoss.data.packing import BatchRule, fill_batches
 from fastoss.data.units import pair_units
@@ -33,6 +33,8 @@ from fastoss.training.dpo import HarmonyDPOTrainer, PairCollator, answer_logps, 
 from fastoss.training.train import train
 
 from .conftest import ROOT, fastoss, metrics
+
+sys.path.insert(0, str(ROOT))  # for benchmarks/
 
 QUESTIONS = ["你是谁?", "What is 2+2?", "Sing a song of cats, a long one please", "Where?", "Any tea?", "晚安", "A joke", "Count to three, slowly"]
 PAIRS = [
@@ -223,10 +225,10 @@ def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastoss.training.train.load_chat_tokenizer", chat_tokenizer)
 
 
-def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
+def by_trl(folder: Path) -> list[dict]:
     """Stock TRL on the same pairs and the same first weights: one padded batch of them all, its own reference."""
-    recipe = load_recipe(folder / "r.toml", changes)
-    plan = plan_model(ModelConfig(name="tiny", precision="float32"), gpu=False)
+    recipe = load_recipe(folder / "r.toml")
+    plan = plan_model(recipe.model, gpu=False)
     model, _, _ = attach_lora(load_model(recipe.model, plan), recipe.lora, plan, seed=recipe.train.seed)
     model.get_base_model().set_attn_implementation("eager")
     examples = list(build_dataset(recipe).train)
@@ -247,31 +249,42 @@ def by_trl(folder: Path, changes: list[str], config: dict) -> list[dict]:
     arguments = DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=len(rows), max_steps=3, learning_rate=1e-3, lr_scheduler_type="constant",
         max_grad_norm=0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", optim="adamw_torch", max_length=None,
-        router_aux_loss_coef=0.0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, remove_unused_columns=False, **config,
+        router_aux_loss_coef=0.0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, remove_unused_columns=False,
     )  # fmt: skip
     trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=chat_tokenizer(plan))
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize(
-    ("changes", "config"),
-    [
-        ((), {}),
-        (('dpo.loss_type=["ipo"]', "dpo.beta=0.3"), {"loss_type": ["ipo"], "beta": 0.3}),
-        (
-            ('dpo.loss_type=["robust", "sft"]', "dpo.loss_weights=[1.0, 0.5]", "dpo.label_smoothing=0.1"),
-            {"loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.5], "label_smoothing": 0.1},
-        ),
-    ],
-)
-def test_losses_rewards_and_gradients_are_those_of_stock_trl(tmp_path, changes, config):
+def test_a_run_is_that_of_stock_trl(tmp_path):
+    """From rows to metrics, with the real tokenizer."""
     write_pairs(tmp_path, PAIRS[1:3])  # TRL's logits are 70 MB an answer
-    ours = metrics(trained_here(tmp_path, "ours", "train.max_steps=3", *changes))
-    theirs = by_trl(tmp_path, list(changes), config)
-    for mine, other in zip(ours, theirs, strict=True):
+    same_figures(metrics(trained_here(tmp_path, "ours", "train.max_steps=3")), by_trl(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["ipo"], "beta": 0.3},
+        {"loss_type": ["hinge", "nca_pair", "bco_pair", "sppo_hard"], "loss_weights": [1.0, 0.7, 0.5, 0.3]},
+        {"loss_type": ["apo_zero", "apo_down", "discopop", "sigmoid_norm"], "loss_weights": [1.0, 0.7, 0.5, 0.3]},
+        {"loss_type": ["robust", "exo_pair", "sft"], "loss_weights": [1.0, 0.3, 0.5], "label_smoothing": 0.1},
+    ],
+    ids=lambda settings: "+".join(settings["loss_type"]),
+)
+def test_losses_rewards_and_gradients_are_those_of_stock_trl(tmp_path, settings, one_thread):
+    """Both trainers over the same random pairs, on a model whose vocabulary is small enough for TRL's logits."""
+    from benchmarks.dpo_cpu import PAIRS_A_STEP, ours, pairs, trl
+
+    rows = pairs(2 * PAIRS_A_STEP)
+    same_figures(ours(rows, tmp_path, **settings)["logs"], trl(rows, tmp_path, **settings)["logs"])
+
+
+def same_figures(ours: list[dict], theirs: list[dict]) -> None:
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         for key in WATCHED:
-            assert mine[key] == pytest.approx(float(other[key]), rel=2e-4, abs=2e-5), (key, mine["step"])
+            if key != "rewards/accuracies" or number:  # at the first step all rewards are 0, and rounding decides
+                assert mine[key] == pytest.approx(float(other[key]), rel=2e-4, abs=2e-5), (key, number)
 
 
 LOSSES = {  # as their papers write them, of the two log-ratios to the reference (for ipo: of their means over tokens), with beta 0.1
@@ -354,7 +367,7 @@ def test_unsloth_and_transformers_agree(pairs):
 def test_held_out_pairs_and_resume(pairs):
     changes = ("eval.fraction=0.3", "eval.every=2", "checkpoint.every=2")
     settings = sets(*changes)
-    whole = trained_here(pairs, "whole", *changes)
+    whole = trained(pairs, "whole", *settings)  # in a process of its own as well: where arrays lie in memory decides about last bits
     evaluated = [entry for entry in metrics(whole) if "eval_loss" in entry]
     assert evaluated
     assert {"eval_rewards/margins", "eval_rewards/accuracies"} <= evaluated[0].keys()
