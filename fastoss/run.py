@@ -153,6 +153,10 @@ class RunDirectory:
         return self.root / "samples.jsonl"
 
     @property
+    def curves(self) -> Path:
+        return self.root / "curves.svg"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 
@@ -191,7 +195,7 @@ class RunDirectory:
 
     def _files(self) -> tuple[Path, ...]:
         """The resolved recipe comes last: while it is there, the folder is known as a run."""
-        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.resolved_recipe
+        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.curves, self.resolved_recipe
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

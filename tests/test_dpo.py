@@ -284,7 +284,9 @@ def same_figures(ours: list[dict], theirs: list[dict]) -> None:
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         for key in WATCHED:
             if key != "rewards/accuracies" or number:  # at the first step all rewards are 0, and rounding decides
-                assert mine[key] == pytest.approx(float(other[key]), rel=2e-4, abs=2e-5), (key, number)
+                # AdamW's first step turns the last digit of a gradient into one of the weights: the next norm shows it.
+                tolerance = 5e-5 if key == "grad_norm" and number else 1e-5
+                assert mine[key] == pytest.approx(float(other[key]), rel=tolerance, abs=1e-5), (key, number)
 
 
 LOSSES = {  # as their papers write them, of the two log-ratios to the reference (for ipo: of their means over tokens), with beta 0.1

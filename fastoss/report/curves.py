@@ -13,7 +13,6 @@ from fastoss.report.drawing import BLUE, BROWN, GREEN, INK, ORANGE, PINK, Mark, 
 from fastoss.run import RunDirectory, read_json, write_whole
 
 Entry = dict[str, Any]  # a line of metrics.jsonl
-NAME = "curves.svg"
 _CHANNELS = (("analysis", "loss_analysis", GREEN), ("commentary", "loss_commentary", BROWN), ("final", "loss_final", PINK))
 _ONE = "train"  # a panel of one metric: the line is called train, and the dotted one held-out
 
@@ -25,9 +24,8 @@ def write_curves(run: RunDirectory) -> Path:
     marks = [Mark(step + 0.5, INK) for step in resumed] + [Mark(entry["step"], ORANGE) for entry in entries if "failed" in entry]
     with drawn(heading(run, entries), panels_of(entries, resumed), marks, columns=3) as figure:
         picture = to_svg(figure, f"Curves of the run {run.root.name}")
-    path = run.root / NAME
-    write_whole(path, picture)
-    return path
+    write_whole(run.curves, picture)
+    return run.curves
 
 
 def read_metrics(run: RunDirectory) -> list[Entry]:
