@@ -19,7 +19,11 @@ from gpu_peers import Peer, Setting, rows_a_step, tokenised, tokenised_pairs
 from gpu_rows import chat_lengths, longest_row, write_pairs, write_rows
 
 REPEATS = 3
-WARM_UP = 1  # steps of a trial that are not counted
+
+
+def warm_up(place: Place) -> int:
+    """Steps of a trial that are not counted: something is compiled in them."""
+    return 0 if place.dry else 1
 
 
 def precision(place: Place, record: Record) -> str:
@@ -31,7 +35,7 @@ def precision(place: Place, record: Record) -> str:
 
 def _rows(place: Place, *, trial: bool, pairs: bool = False) -> tuple[Any, list[int]]:
     """The rows' file and their lengths. A trial has fewer of the same kind."""
-    steps = 2 if place.dry else 3 if trial else 8 if pairs else 16
+    steps = 1 if place.dry else 3 if trial else 8 if pairs else 16
     count = steps * rows_a_step(place)
     path = place.work / f"{'pairs' if pairs else 'chats'}-{count}.jsonl"
     return path, (write_pairs if pairs else write_rows)(path, chat_lengths(place, count))
@@ -95,7 +99,7 @@ def best_of_peer(place: Place, record: Record, *, name: str, pairs: bool = False
     peer = Peer(name, place, folder, kind)
     climb(
         ladders(name, place, pairs=pairs),
-        lambda setting: peer.train(rows, setting, steps=len(rows) // rows_a_step(place), preferences=pairs).summary(WARM_UP),
+        lambda setting: peer.train(rows, setting, steps=len(rows) // rows_a_step(place), preferences=pairs).summary(warm_up(place)),
         record,
     )
 
@@ -108,12 +112,12 @@ def best_of_fastoss(place: Place, record: Record, *, recompute: str) -> None:
     for tokens in (256, 512) if place.dry else (8192, 16384, 32768):
         if tokens < max(lengths):
             continue
-        steps = max(2, sum(lengths) // tokens)
+        steps = max(1 + warm_up(place), sum(lengths) // tokens)
         train = {"recompute": recompute, "tokens_per_batch": tokens, "max_steps": steps}
         try:
             with Clock() as clock:
                 _fastoss(place, record, folder, kind, data, train)
-            tried.append({"setting": train} | clock.summary(WARM_UP))
+            tried.append({"setting": train} | clock.summary(warm_up(place)))
         except Exception as problem:
             from fastoss.training.memory import free_memory
 

@@ -72,7 +72,7 @@ def _limit(place: Place, sft: dict[str, dict[int, dict[str, Any]]]) -> dict[str,
         return None
     here = Card(measured["flops"], measured["bandwidth"])
     run = runs[0]
-    lengths = chat_lengths(place, (2 if place.dry else 16) * rows_a_step(place))
+    lengths = chat_lengths(place, (1 if place.dry else 16) * rows_a_step(place))
     share, size, kind = run["trained_tokens"] / run["tokens"], run["setting"]["tokens_per_batch"], run["precision"]
     limits = {
         name: tokens_a_second(place.shape, Work(lengths, share, size, recompute=name == "full", precision=kind), here) for name in ("full", "none")
