@@ -50,13 +50,14 @@ def ladders(name: str, place: Place, *, pairs: bool) -> list[list[Setting]]:
     """What is tried, in order: each ladder climbs until memory ends, or until it has passed its best by a tenth."""
     sizes = (2,) if place.dry else (1, 2, 4, 8) if pairs else (1, 2, 4, 8, 16)
     if name == "unsloth":
-        budgets = (256,) if place.dry else (8192, 16384, 32768)
+        budgets = () if place.dry else (8192, 16384, 32768)
         return [
             [Setting(rows, RECOMPUTE) for rows in sizes], [Setting(rows, KEEP) for rows in sizes],
             [Setting(rows_a_step(place), RECOMPUTE, token_budget=budget) for budget in budgets],
         ]  # fmt: skip
     kinds = ("eager",) if place.dry else ("flex_attention", "eager")  # what gpt-oss can train with: FlashAttention has no gradient for its sinks
-    return [[Setting(rows, recompute, kind) for rows in sizes] for kind in kinds for recompute in (RECOMPUTE, KEEP)]
+    ways = (RECOMPUTE,) if place.dry and pairs else (RECOMPUTE, KEEP)
+    return [[Setting(rows, recompute, kind) for rows in sizes] for kind in kinds for recompute in ways]
 
 
 def climb(ladders: list[list[Any]], trial: Callable[[Any], dict[str, Any]], record: Record) -> None:
@@ -109,7 +110,7 @@ def best_of_fastoss(place: Place, record: Record, *, recompute: str) -> None:
     folder, kind = checkpoint(place, record, "mxfp4"), precision(place, record)
     data, lengths = _rows(place, trial=True)
     tried: list[dict[str, Any]] = []
-    for tokens in (256, 512) if place.dry else (8192, 16384, 32768):
+    for tokens in (512,) if place.dry else (8192, 16384, 32768):
         if tokens < max(lengths):
             continue
         steps = max(1 + warm_up(place), sum(lengths) // tokens)

@@ -6,6 +6,7 @@ loading, attention, head and loss, batches (padded, rows of like length together
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Peer:
             arguments["loss_type"] = "chunked_nll"
             if setting.attention == "flex_attention":
                 arguments["pad_to_multiple_of"] = 512  # transformers compiles it anew for every length
-        return SFTTrainer(self.model, args=SFTConfig(**arguments), train_dataset=rows, processing_class=self._tokenizer())
+        return SFTTrainer(self.model, args=SFTConfig(**arguments), train_dataset=rows, processing_class=self._tokenizer)
 
     def _dpo(self, rows: Any, setting: Setting, length: dict[str, int]) -> Any:
         from trl import DPOConfig, DPOTrainer
@@ -108,9 +109,10 @@ class Peer:
 
         self._prepare(setting)
         config = DPOConfig(**self._arguments(setting, length), beta=0.1, remove_unused_columns=False)
-        return Tokenised(self.model, args=config, train_dataset=rows, processing_class=self._tokenizer())
+        return Tokenised(self.model, args=config, train_dataset=rows, processing_class=self._tokenizer)
 
-    def _tokenizer(self) -> Any:
+    @functools.cached_property
+    def _tokenizer(self) -> Any:  # loading it takes seconds
         from fastoss.model.backend import load_chat_tokenizer
 
         return load_chat_tokenizer(self.plan)

@@ -28,7 +28,9 @@ def table(place: Place, record: Record) -> None:
     single = {name: place.found(f"contest-{name}") for name in ("swift", "axolotl")}
     rows = {name: _row(runs) for name, runs in sft.items() if runs}
     rows |= {name: _row([found]) for name, found in single.items() if found.get("status") == "ok"}
-    pairs = {name: _row(runs) | {"pairs_per_second": spread([run["pairs_per_second"] for run in runs])} for name, runs in dpo.items() if runs}
+    pairs = {
+        name: _row(runs) | {"pairs_per_second": spread([run["pairs_per_second"] for run in runs.values()])} for name, runs in dpo.items() if runs
+    }
     record.note(
         sft=rows, dpo=pairs, not_run=_reasons(place, [*(f"contest-{name}" for name in single)]), limit=_limit(place, sft),
         times_faster={
@@ -106,7 +108,7 @@ def _targets(found: dict[str, Any]) -> list[dict[str, Any]]:
     made = []
     for name, value, least in rows:
         reached = value["median"] if isinstance(value, dict) else value
-        made.append({"target": name, "least": least, "reached": reached, "met": None if reached is None else reached >= least})
+        made.append({"target": name, "least": least, "reached": reached, "met": None if reached is None or found["dry_run"] else reached >= least})
     return made
 
 
@@ -126,13 +128,16 @@ def _markdown(found: dict[str, Any]) -> str:
     lines += ["", *(f"- {name}: {reason}" for name, reason in found["not_run"].items())]
     lines += ["", "| target | at least | reached | |", "|---|---|---|---|"]
     for row in found["targets"]:
-        reached, met = ("–", "not measured") if row["reached"] is None else (f"{row['reached']:,.2f}", "met" if row["met"] else "not met")
+        reached = "–" if row["reached"] is None else f"{row['reached']:,.2f}"
+        met = {None: "tells nothing: a dry run" if found["dry_run"] else "not measured", True: "met", False: "not met"}[row["met"]]
         lines.append(f"| {row['target']} | {row['least']:,} | {reached} | {met} |")
     return "\n".join(lines) + "\n"
 
 
 def _said(setting: dict[str, Any] | None) -> str:
-    return ", ".join(f"{name} {value}" for name, value in (setting or {}).items() if value not in ("", 0)) or "its own"
+    return (
+        ", ".join(f"{name} {value}" for name, value in (setting or {}).items() if value != "" and (name, value) != ("token_budget", 0)) or "its own"
+    )
 
 
 def _number(row: dict[str, Any], name: str, form: str, *, wide: bool = False) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import QUICKSTART, ROOT, spread
+from fastoss.run import RunDirectory
 
 _DDP_RECIPE = """\
 name = "ddp"
