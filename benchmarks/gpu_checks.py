@@ -45,7 +45,7 @@ def run_inside(phase: Phase, place: Place) -> int:
         record.note(status="failed", reason=_public(fact, place))
         raise
     finally:
-        record.note(**peak_memory())
+        record.note(**peak_memory(), processor_seconds=round(time.process_time(), 1))
     return 0
 
 
