@@ -145,7 +145,7 @@ def fill_batches(order: Sequence[int], lengths: Sequence[int], rule: BatchRule) 
     """Put examples into micro-batches by the rule. Raises `ValueError` when one alone is longer than `rule.tokens`."""
     if rule.rows is not None:
         return [list(order[i : i + rule.rows]) for i in range(0, len(order), rule.rows)]
-    assert rule.layout == "packed" and rule.tokens is not None
+    assert rule.tokens is not None, "padded batches are given in rows"
     too_long = [lengths[i] for i in order if lengths[i] > rule.tokens]
     if too_long:
         raise ValueError(f"an example of {max(too_long)} tokens does not fit into a batch of {rule.tokens}")
