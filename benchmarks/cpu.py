@@ -1,6 +1,6 @@
 """Benchmarks that need no GPU (`make bench`): each a ratio against what a user would have instead, in one process, in turn.
 
-A CPU's absolute times say little; the ratios are what is kept, with the command that made them, in benchmarks/results/cpu.json.
+A CPU's absolute times say little; the ratios (of processor time) are what is kept, with the command that made them, in benchmarks/results/cpu.json.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import platform
 import random
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script too
+
+from benchmarks.timing import REPEATS, ROOT, in_turn
 from fastoss.config import DataSource, load_recipe
 from fastoss.data.dataset import build_dataset
 from fastoss.data.formats import row_to_conversation
@@ -33,29 +35,6 @@ from fastoss.data.tokenizer import tokenizer_file
 from fastoss.model.adapter import library_versions
 from fastoss.model.head import TrainedTokenLoss
 from fastoss.run import write_json
-
-ROOT = Path(__file__).resolve().parent.parent
-REPEATS = 7
-
-
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = REPEATS) -> dict[str, Any]:
-    """Time two functions alternately after a warm-up; the ratio is theirs / ours, pair by pair."""
-    ours(), theirs()
-    pairs = []
-    for _ in range(repeats):
-        times = []
-        for function in (ours, theirs):
-            begun = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begun)
-        pairs.append(times)
-    ratios = sorted(other / mine for mine, other in pairs)
-    return {
-        "seconds_ours": statistics.median(mine for mine, _ in pairs),
-        "seconds_theirs": statistics.median(other for _, other in pairs),
-        "times_faster": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
-        "repeats": repeats,
-    }
 
 
 def head() -> dict[str, Any]:

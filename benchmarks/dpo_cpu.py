@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dpo_cpu.json"
 sys.path.insert(0, str(ROOT))
 
-# Lengths in tokens: answers lognormal as the chats of benchmarks/training_cpu.py are, a prompt three times as long as the chosen answer.
+# Lengths in tokens: answers lognormal as the chats of benchmarks/training_packed.py are, a prompt three times as long as the chosen answer.
 MEDIAN_ANSWER, SIGMA, LONGEST_ANSWER, PROMPT_FACTOR = 20, 0.6, 96, 3
 PAIRS_A_STEP, STEPS, WARM_UP, REPEATS = 8, 10, 2, 3
 LEARNING_RATE, BETA = 1e-3, 0.1
@@ -39,7 +39,7 @@ Pair = tuple[list[int], list[int], list[int]]  # ids of the prompt, the chosen a
 
 def pairs(count: int, seed: int = 0) -> list[Pair]:
     """Random tokens. Pairs of like lengths come together, a step's worth at a time."""
-    from benchmarks.training_cpu import VOCABULARY
+    from benchmarks.training_packed import VOCABULARY
 
     rng = random.Random(seed)
 
@@ -122,7 +122,7 @@ def ours(rows: list[Pair], folder: Path, **dpo: Any) -> dict[str, Any]:
     """Our trainer over packed trees; the reference asked first, as a run does. `dpo` are further settings of `[dpo]`."""
     import torch
 
-    from benchmarks.training_cpu import small_model
+    from benchmarks.training_packed import small_model
     from fastoss.config import recipe_from_resolved
     from fastoss.data.conversation import Conversation
     from fastoss.data.harmony import Example, Span
@@ -189,7 +189,7 @@ def trl(rows: list[Pair], folder: Path, **dpo: Any) -> dict[str, Any]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from benchmarks.training_cpu import small_model
+    from benchmarks.training_packed import small_model
 
     class Tokenised(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:

@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_phases import GB, PHASES, ROOT, Phase, Place, Record, Skip, peak_memory
+from gpu_common import GB, ROOT, Phase, Place, Record, Skip, peak_memory
+from gpu_phases import PHASES
+from gpu_warm import WarmProcesses, serve
 
 from fastoss.errors import FastossError
 from fastoss.model.adapter import library_versions
@@ -43,29 +45,37 @@ def run_inside(phase: Phase, place: Place) -> int:
         record.note(status="failed", reason=_public(fact, place))
         raise
     finally:
-        record.note(**peak_memory())
+        record.note(**peak_memory(), processor_seconds=round(time.process_time(), 1))
     return 0
 
 
-def run_phase(phase: Phase, place: Place, facts: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """Run a phase in a process of its own; returns its record, finished whatever happened to the process."""
+def run_phase(phase: Phase, place: Place, facts: dict[str, Any], limit_s: float, warm: WarmProcesses | None = None) -> dict[str, Any]:
+    """Run a phase in a process of its own; returns its record, finished whatever happened to the process.
+
+    With `warm` the process is forked from one that has imported the phase's libraries.
+    """
     dry = ["--dry-run"] if place.dry else []
     command = " ".join(["python", "benchmarks/gpu_checks.py", "--only", phase.name, "--again", *dry])
     empty = {"losses": None, "peak_allocated_gb": None, "peak_reserved_gb": None, "reason": None}
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"phase": phase.name, "status": "running", **facts, "command": command, "started": started, "seconds": None, **empty}
     write_json(place.file(phase.name), record)
-    arguments = [sys.executable, __file__, "--inside", phase.name, "--work", str(place.work), "--card", place.card, *dry]
+    arguments = ["--inside", phase.name, "--work", str(place.work), "--card", place.card, *dry]
     log = place.work / f"{phase.name}.log"
     begun = time.monotonic()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(arguments, cwd=place.work, stdout=output, stderr=output, env=_environment(place), process_group=0)
+    process: Any
+    if warm is not None and phase.imports:
+        process = warm.start(phase.imports, arguments, log)
+    else:
+        command_line = [sys.executable, __file__, *arguments]
+        with open(log, "wb") as output:
+            process = subprocess.Popen(command_line, cwd=place.work, stdout=output, stderr=output, env=_environment(place), process_group=0)
     try:
         code: int | None = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         code = None
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # its own group: what it left behind goes too
         process.wait()
     finished = Record(place.file(phase.name))
@@ -147,7 +157,14 @@ def _line(record: dict[str, Any]) -> str:
     return "  ".join([*parts, *([record["reason"]] if record["reason"] else [])])
 
 
-def main() -> int:
+def _inside(arguments: list[str]) -> int:
+    """`--inside NAME …`, as a process started for it, or as one that `gpu_warm.py` has forked."""
+    options = _parser().parse_args(arguments)
+    results = options.work / "results" if options.dry_run else ROOT / "benchmarks" / "results"
+    return run_inside(next(p for p in PHASES if p.name == options.inside), Place(options.work, results, options.card, options.dry_run))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="GPU checks in short phases.", epilog="See the docstring of this file.")
     parser.add_argument("--list", action="store_true", help="print the phases and end")
     parser.add_argument("--only", metavar="NAME", action="append", help="only this phase, or those whose names begin with NAME-")
@@ -157,11 +174,24 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="the tiny shape on the CPU; results go to DIR/results")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--card", help=argparse.SUPPRESS)
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
     options = parser.parse_args()
-    if options.list:
-        print("\n".join(f"{phase.name:24}limit {phase.minutes:.0f} min" for phase in PHASES))
+    if options.warm:
+        serve(options.warm, _inside)
         return 0
-    chosen = [p for p in PHASES if not options.only or any(p.name == name or p.name.startswith(f"{name}-") for name in options.only)]
+    if options.inside:
+        return _inside(sys.argv[1:])
+    if options.list:
+        later = {True: "", False: "  (not in a dry run: the same code as another phase)"}
+        print("\n".join(f"{phase.name:24}limit {phase.minutes:.0f} min{later[phase.in_dry_run]}" for phase in PHASES))
+        return 0
+    there = [p for p in PHASES if p.in_dry_run or not options.dry_run]
+    chosen = [p for p in there if not options.only or any(p.name == name or p.name.startswith(f"{name}-") for name in options.only)]
     unknown = [name for name in options.only or [] if not any(p.name == name or p.name.startswith(f"{name}-") for p in chosen)]
     if unknown:
         parser.error(f"there is no phase {unknown[0]} (--list)")
@@ -170,8 +200,6 @@ def main() -> int:
     work = options.work or (Path(tempfile.mkdtemp(prefix="fastoss-gpu-dry-")) if options.dry_run else default)
     work = work.resolve()
     results = work / "results" if options.dry_run else ROOT / "benchmarks" / "results"
-    if options.inside:
-        return run_inside(next(p for p in PHASES if p.name == options.inside), Place(work, results, options.card, options.dry_run))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: the phase's process ends as well
     try:
         facts = machine(options.dry_run)
@@ -191,18 +219,23 @@ def _run_all(phases: list[Phase], place: Place, facts: dict[str, Any], *, again:
     print(f"{facts['card']}, results in {place.results}, logs in {place.work}", flush=True)
     deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
     ended = []
-    for phase in phases:
-        path = place.file(phase.name)
-        if not again and path.is_file() and (before := read_json(path))["status"] == "ok":
-            print(f"ok      {phase.name:24}done before, {before['started']} (--again repeats it)", flush=True)
-            ended.append("ok")
-        elif deadline - time.monotonic() < 10:
-            print(f"left    {phase.name:24}no time left; the same command goes on here", flush=True)
-            ended.append("left")
-        else:
-            record = run_phase(phase, place, facts, min(phase.minutes * 60, deadline - time.monotonic()))
-            print(_line(record), flush=True)
-            ended.append(record["status"])
+    warm = WarmProcesses(__file__, _environment(place), place.work) if place.dry else None
+    try:
+        for phase in phases:
+            path = place.file(phase.name)
+            if not again and path.is_file() and (before := read_json(path))["status"] == "ok":
+                print(f"ok      {phase.name:24}done before, {before['started']} (--again repeats it)", flush=True)
+                ended.append("ok")
+            elif deadline - time.monotonic() < 10:
+                print(f"left    {phase.name:24}no time left; the same command goes on here", flush=True)
+                ended.append("left")
+            else:
+                record = run_phase(phase, place, facts, min(phase.minutes * 60, deadline - time.monotonic()), warm)
+                print(_line(record), flush=True)
+                ended.append(record["status"])
+    finally:
+        if warm is not None:
+            warm.stop()
     print(", ".join(f"{ended.count(status)} {status}" for status in ("ok", "skipped", "failed", "left") if status in ended))
     if not place.dry:
         print(f"the checkpoint stays in {place.work} for the next call; remove the folder when you are done")

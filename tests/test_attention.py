@@ -16,7 +16,7 @@ from fastoss.model import attention, attention_kernels, attention_layout
 from fastoss.model.attention import choose_kernel, kernel_line, register_packed_attention
 from fastoss.model.attention_layout import DocumentLayout
 
-from .attention_helpers import LORA_TARGETS, check_kernel, plain_flash, random_layout, small_model, sum_of_losses
+from .attention_helpers import check_kernel, plain_flash, random_layout, small_model, sum_of_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -551,34 +551,3 @@ def test_layout_survives_trls_chunked_forward(stock, packed, rows):
         loss = patched(input_ids=ids, position_ids=positions, labels=labels, documents=layout, use_cache=False).loss
         trained = sum(len(row) - 1 for row in rows)
         torch.testing.assert_close(loss.double(), one_by_one(stock, rows) / trained, rtol=1e-5, atol=0)
-
-
-# --- under Unsloth ---------------------------------------------------------------------------------------------------------
-
-
-def test_packed_equals_unpacked_under_unsloth(rows):
-    """With what backend.py has to do: `attend_packed` after loading, whatever attention the loader chose."""
-    pytest.importorskip("unsloth", reason="Unsloth is not installed")
-    from fastoss.config import LoraSettings, ModelConfig
-    from fastoss.model.backend import attach_lora, load_model, plan_model
-
-    config = ModelConfig(name="tiny", precision="float32", max_length=256, backend="unsloth")
-    plan = plan_model(config, gpu=False)
-    base = attention.attend_packed(load_model(config, plan))  # to be dropped when load_model does it
-    model, _, _ = attach_lora(base, LoraSettings(r=4), plan)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
-    model.train()
-    rows = [*rows, torch.randint(1, 300, (150,), generator=torch.Generator().manual_seed(4))]  # the window is 128 here
-    ids, positions, labels = packed_batch(rows)
-    ours = sum_of_losses(model, labels, input_ids=ids, position_ids=positions)
-    our_gradients = gradients(model, ours / labels.numel())
-    model.get_base_model().config._attn_implementation = "eager"
-    theirs = one_by_one(model, rows)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
-    their_gradients = gradients(model, theirs / labels.numel())
-    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in their_gradients} >= {*LORA_TARGETS, "experts"}
-    for name, gradient in their_gradients.items():
-        torch.testing.assert_close(our_gradients[name], gradient, rtol=0, atol=1e-5)

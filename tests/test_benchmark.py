@@ -1,4 +1,7 @@
-"""A small form of the CPU benchmark against the committed record: half of the ratio is a fault. The best pair counts: the machine may be busy."""
+"""A small form of the CPU benchmark against the committed record: half of the ratio is a fault.
+
+Ratios are of processor time, and the best pair counts: the machine may be busy.
+"""
 
 from __future__ import annotations
 

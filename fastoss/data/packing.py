@@ -35,7 +35,7 @@ _TOKEN_PER_PAIR = 1 / 70_000
 
 @dataclass(frozen=True)
 class BatchRule:
-    """How micro-batches are filled: up to `tokens` (padding counted), or `rows` examples each."""
+    """How micro-batches are filled: packed, up to `tokens`; or padded, `rows` examples each."""
 
     layout: Layout
     tokens: int | None = None
@@ -145,11 +145,11 @@ def fill_batches(order: Sequence[int], lengths: Sequence[int], rule: BatchRule) 
     """Put examples into micro-batches by the rule. Raises `ValueError` when one alone is longer than `rule.tokens`."""
     if rule.rows is not None:
         return [list(order[i : i + rule.rows]) for i in range(0, len(order), rule.rows)]
-    assert rule.tokens is not None
+    assert rule.tokens is not None, "padded batches are given in rows"
     too_long = [lengths[i] for i in order if lengths[i] > rule.tokens]
     if too_long:
         raise ValueError(f"an example of {max(too_long)} tokens does not fit into a batch of {rule.tokens}")
-    return _pack(order, lengths, rule.tokens) if rule.layout == "packed" else _pad(order, lengths, rule.tokens)
+    return _pack(order, lengths, rule.tokens)
 
 
 def _pack(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -175,18 +175,6 @@ def _pack(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[lis
             del rooms[0]
             closed.append(open_batches.pop(0))
     return closed + open_batches
-
-
-def _pad(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows of like length together, as many as fit with their padding."""
-    batches: list[list[int]] = []
-    members: list[int] = []
-    for index in sorted(order, key=lambda i: lengths[i]):  # stable: among equals the shuffled order stands
-        if members and lengths[index] * (len(members) + 1) > budget:
-            batches.append(members)
-            members = []
-        members.append(index)
-    return [*batches, members]
 
 
 def collate(units: Sequence[Sequence[Example]], layout: Layout, *, train: bool = True) -> dict[str, torch.Tensor]:
