@@ -63,7 +63,9 @@ def write(folder: Path, layout: str, *, seed: int = 0, stamp: bool = False, conf
     plain = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "target_modules": ["q_proj"], "target_parameters": targets, "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps(plain | (config or {})), encoding="utf-8")
     if stamp:
-        write_stamp(folder, ModelConfig(name="tiny", precision="float32"), FormatSettings(), "transformers")
+        from fastoss.model.tiny import tiny_model_folder
+
+        write_stamp(folder, ModelConfig(name="tiny", precision="float32"), FormatSettings(), "transformers", str(tiny_model_folder()))
     return folder
 
 

@@ -201,6 +201,11 @@ def test_an_inert_adapter_is_not_exported(shared, tmp_path):  # noqa: F811
     (path,) = (run / "adapter").glob("*.safetensors")
     tensors = load_file(path)
     save_file({key: tensor * 0 if "lora_B" in key and "experts" in key else tensor for key, tensor in tensors.items()}, path)
+    with pytest.raises(FastossError, match="is not the file that was trained"):
+        export(str(run), ["merged"], progress=quiet)
+    stamp = json.loads((run / "adapter" / "fastoss.json").read_text(encoding="utf-8"))
+    del stamp["weights"]  # an adapter from before it was stamped
+    (run / "adapter" / "fastoss.json").write_text(json.dumps(stamp), encoding="utf-8")
     with pytest.raises(RunFailed, match=r"the adapter is inert: every pair of its experts is zero, first `model\.layers\.0\.mlp") as raised:
         export(str(run), ["merged"], progress=quiet)
     assert raised.value.exit_code == 1

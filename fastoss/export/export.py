@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from fastoss.export.subject import Subject, load_subject
 from fastoss.export.templates import export_template
 from fastoss.export.verify import FORMATS, RESULT, Verification, format_of, threads, verify
 from fastoss.model.adapter import STAMP, library_versions
-from fastoss.run import RunDirectory, file_lock, read_json, whole_folder, write_json, write_whole
+from fastoss.run import RunDirectory, file_digest, file_lock, read_json, whole_folder, write_json, write_whole
 
 _OWN_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.(tmp|old)$")
 
@@ -78,7 +77,9 @@ def _export_one(subject: Subject, format: str, quantization: Quantization, place
             for line in result.lines():
                 progress(f"{format}: {line}")
             _check_verdict(result, place)
-            write_json(folder / RESULT, result.to_plain() | {"adapter_sha256": _digest(subject.adapter.folder), "versions": library_versions()})
+            write_json(
+                folder / RESULT, result.to_plain() | {"adapter_sha256": file_digest(subject.adapter.folder / WEIGHTS), "versions": library_versions()}
+            )
             write_whole(folder / "README.md", card(subject, result))
     except OSError as problem:
         hint = "make room, or name another place with --output" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else None
@@ -102,12 +103,17 @@ def _write(subject: Subject, format: str, quantization: Quantization, folder: Pa
         file = f"model-{quantization}.gguf"
         write_gguf(subject.merged, folder / file, quantization, template, title, progress)
         write_whole(folder / MODELFILE, modelfile(file, subject.stamp.format, max(8192, subject.stamp.model.max_length)))
-    write_json(folder / STAMP, _stamp(subject, format))
+    write_json(folder / STAMP, _stamp(subject, format, folder))
 
 
-def _stamp(subject: Subject, format: str) -> dict[str, Any]:
+def _stamp(subject: Subject, format: str, folder: Path) -> dict[str, Any]:
     """Base, format settings, versions and layout: what a chat with the export, and a later version of fastoss, must know."""
-    return {
+    kept: dict[str, Any] = {}
+    if format == "adapter":
+        told, weights = read_json(subject.adapter.folder / STAMP), folder / WEIGHTS
+        kept = {key: told[key] for key in ("base", "tokenizer_sha256", "chat_template_sha256", "backend") if key in told}
+        kept["weights"] = {"bytes": weights.stat().st_size, "sha256": file_digest(weights)}
+    return kept | {
         "model": subject.stamp.model.model_copy(update={"name": subject.source, "adapter": None}).model_dump(mode="json"),
         "format": subject.stamp.format.model_dump(mode="json"),
         "export": format,
@@ -121,12 +127,6 @@ def _name_base(folder: Path, subject: Subject) -> None:
     path = folder / "adapter_config.json"
     if not subject.source.startswith(("/", ".")):
         write_json(path, read_json(path) | {"base_model_name_or_path": subject.source})
-
-
-def _digest(adapter: Path) -> str:
-    """The adapter's weights by their sha256: an export that is older than its run's adapter is not pushed."""
-    with open(adapter / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_verdict(result: Verification, place: Path) -> None:
@@ -214,7 +214,7 @@ def push_run(name: str, formats: Sequence[str], repo: str | None, *, progress: P
     if not found:
         raise FastossError("there is no export to push", place=name, hint=f"fastoss export {name} --format merged")
     for folder in found if (root / "adapter" / WEIGHTS).is_file() else []:
-        if read_json(folder / RESULT).get("adapter_sha256") != _digest(root / "adapter"):
+        if read_json(folder / RESULT).get("adapter_sha256") != file_digest(root / "adapter" / WEIGHTS):
             hint = f"fastoss export {name} --format {folder.name}"
             raise FastossError("the run was trained anew since it was exported", place=str(folder), hint=hint)
     wanted = repo or _recipe_repo(root)

@@ -21,7 +21,7 @@ from fastoss.export.behaviour import Distributions, Question, ask, compare, refe
 from fastoss.export.format_check import Row, builtin_rows, training_rows
 from fastoss.export.forward import Adapted
 from fastoss.export.merge import Merged, Progress
-from fastoss.model.adapter import AdapterStamp, read_stamp
+from fastoss.model.adapter import AdapterStamp, check_adapter, read_stamp
 from fastoss.model.lora import adapter_folder
 from fastoss.run import RunDirectory, read_json
 
@@ -134,7 +134,9 @@ def load_subject(name: str, *, base: str | None = None, layout: str | None = Non
     source = base or original_source(stamp.model)
     if base is None and not Path(source).is_dir():
         progress(f"fetching {source} …")
-    subject = Subject(run, adapter, Base(fetch(source)), base or stamp.model.name, stamp, progress)
+    folder_of_base = fetch(source)
+    check_adapter(folder, str(folder_of_base) if base else source)
+    subject = Subject(run, adapter, Base(folder_of_base), base or stamp.model.name, stamp, progress)
     _ = subject.merged  # an adapter that does not fit is told of before anything is planned
     return subject
 
