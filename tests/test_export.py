@@ -129,7 +129,7 @@ def test_requantised_weights_load_where_the_original_loads(shared):  # noqa: F81
     assert all(0.85 < entry["kept"] < 1.1 and 0.02 < entry["error"] < 0.2 for entry in by_expert)
 
 
-def test_gguf_in_mxfp4_holds_the_values_of_the_mxfp4_folder(shared, tmp_path):  # noqa: F811
+def test_gguf_in_mxfp4_holds_the_values_of_the_mxfp4_folder(shared, tmp_path, monkeypatch):  # noqa: F811
     from fastoss.export.base import Base
     from fastoss.export.gguf_file import write_gguf
     from fastoss.export.gguf_weights import GgufWeights
@@ -143,6 +143,10 @@ def test_gguf_in_mxfp4_holds_the_values_of_the_mxfp4_folder(shared, tmp_path):  
             full = f"model.layers.{layer}.mlp.experts.{name}"
             assert all(torch.equal(folder.expert(full, number), file.expert(full, number)) for number in range(4))
             assert torch.equal(folder.matrix(f"{full}_bias").float(), file.matrix(f"{full}_bias"))
+    pieces = list(file.rows("lm_head.weight"))
+    assert torch.equal(torch.cat(pieces), file.matrix("lm_head.weight"))
+    monkeypatch.setattr("fastoss.export.gguf_weights.PIECE_BYTES", 10_000_000)
+    assert len(list(file.rows("lm_head.weight"))) == 6  # 51 MB in float32; the 20B model's 2.3 GB in pieces of 64 MB
 
 
 def test_chat_with_a_merged_folder_renders_as_training_did(shared):  # noqa: F811

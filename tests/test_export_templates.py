@@ -23,6 +23,7 @@ from fastoss.export.ollama import can_render, modelfile, modelfile_render, ollam
 from fastoss.export.templates import export_template
 
 from .conftest import ROOT
+from .export_helpers import shared  # noqa: F401
 
 FORMAT = FormatSettings(reasoning_effort="low", current_date="2025-03-04")
 GOLDEN = ROOT / "tests" / "golden" / "ollama_go.json"
@@ -69,31 +70,23 @@ def test_the_official_template_would_not(rows):
     assert result.differing == len(rows)
 
 
-def test_llama_cpp_renders_the_jinja_template_and_cuts_the_text_alike(rows, tmp_path):
-    """llama.cpp's own Jinja and tokenizer, on the vocabulary and template that exports carry."""
-    from fastoss.export.adapter_layouts import Adapter
-    from fastoss.export.base import Base
+def test_llama_cpp_renders_the_jinja_template_and_cuts_the_text_alike(rows, shared):  # noqa: F811
+    """llama.cpp's own Jinja and tokenizer, on the vocabulary and template that a GGUF carries."""
     from fastoss.export.format_check import as_chat_message
-    from fastoss.export.gguf_file import write_gguf
     from fastoss.export.llama_cpp import running
-    from fastoss.export.merge import Merged
-    from fastoss.model.tiny import tiny_model_folder
 
-    from .export_helpers import quiet
-    from .test_export_layouts import write
-
-    merged = Merged(Base(tiny_model_folder()), Adapter(write(tmp_path / "adapter", "peft")))
-    write_gguf(merged, tmp_path / "m.gguf", "mxfp4", export_template(FORMAT), "m", quiet)
-    plain = [row for row in rows if not row.conversation.tools]
-    with running(tmp_path / "m.gguf", 4096, 1) as server:
-        for row in plain:
-            chat = row.conversation
+    (file,) = (shared.exports("experts") / "gguf").glob("*.gguf")
+    renderer = HarmonyRenderer(FormatSettings())  # as that run was trained
+    plain = [asked(row) for row in rows if not row.conversation.tools]
+    with running(file, 4096, 1) as server:
+        for chat in plain:
             settings = {"reasoning_effort": chat.reasoning_effort, "current_date": chat.current_date}
             given = {
-                "messages": [as_chat_message(message) for message in chat.messages[:-1]],
+                "messages": [as_chat_message(message) for message in chat.messages],
                 "chat_template_kwargs": {key: value for key, value in settings.items() if value is not None},
             }
-            assert server.tokenize(server.post("/apply-template", given)["prompt"]) == row.ids[: row.prompt_length], chat.place
+            wanted = renderer.render_prompt(chat.messages, chat.reasoning_effort, current_date=chat.current_date)
+            assert server.tokenize(server.post("/apply-template", given)["prompt"]) == wanted, chat.place
     assert len(plain) >= 40
 
 

@@ -6,7 +6,7 @@ must be what its format makes of base + change, and everything else must be the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -225,14 +225,31 @@ def _describe(have: torch.Tensor, expected: torch.Tensor, weight: torch.Tensor, 
 
 
 def _check_same(result: Accounting, export: Base | GgufWeights, base: Base, name: str) -> None:
+    """A tensor that LoRA does not touch, piece by piece."""
     result.unchanged += 1
-    first = 0
     _, round_as = rounding(export, name)
-    pieces = export.file.read_rows(name) if isinstance(export, Base) else None
-    whole = None if pieces is not None else export.matrix(name)
-    for ours in base.file.read_rows(name):
-        theirs = next(pieces) if pieces is not None else whole[first : first + len(ours)]  # type: ignore[index]
-        first += len(ours)
-        if theirs.shape != ours.shape or not torch.equal(theirs.float(), round_as(ours.float())):
+    pieces = [export.matrix(name)] if len(base.shape(name)) < 2 or name.endswith("_bias") else export.rows(name)
+    theirs = _Queue(iter(pieces))
+    for ours in base.rows(name):
+        if not torch.equal(theirs.take(len(ours)).float(), round_as(ours.float())):
             result.problems.append(f"`{name}` is not the base's, and LoRA does not touch it")
             return
+
+
+class _Queue:
+    """Rows of one side's pieces, handed out in the other side's numbers."""
+
+    def __init__(self, pieces: Iterator[torch.Tensor]):
+        self.pieces, self.kept = pieces, torch.empty(0)
+
+    def take(self, count: int) -> torch.Tensor:
+        parts, missing = [], count
+        while missing:
+            if not len(self.kept):
+                self.kept = next(self.pieces, torch.empty(0))
+                if not len(self.kept):
+                    break
+            parts.append(self.kept[:missing])
+            self.kept = self.kept[missing:]
+            missing -= len(parts[-1])
+        return torch.cat(parts) if parts else torch.empty(0)

@@ -6,6 +6,7 @@ becomes float32 exactly) or a checkpoint in bf16 or float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,10 @@ class Base:
     def matrix(self, name: str) -> torch.Tensor:
         """A tensor that is no fused experts, in its own dtype."""
         return self.file.read(name)
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """The same in pieces along its first axis, each a bounded number of bytes."""
+        return self.file.read_rows(name)
 
     def _check_names(self) -> None:
         for layer in range(self.layers):

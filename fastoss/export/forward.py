@@ -7,7 +7,7 @@ computed and forgotten after it, so the 20B model needs under 3 GB; the arithmet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from fastoss.export.adapter_layouts import Adapter
 from fastoss.export.base import Base
 
-_VOCABULARY_ROWS = 16_384  # of the head at once
 _LIMIT, _ALPHA = 7.0, 1.702  # gpt-oss's clamped swiglu (transformers, `GptOssExperts`)
 
 
@@ -31,6 +30,10 @@ class Weights(Protocol):
 
     def expert(self, name: str, number: int) -> torch.Tensor: ...
 
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A matrix in pieces along its first axis: those of the vocabulary are too large to hold."""
+        ...
+
 
 class Adapted:
     """A base with its adapter beside it, not merged: x W + scale · (x A) B, as PEFT computes it while a model is trained."""
@@ -44,6 +47,9 @@ class Adapted:
 
     def expert(self, name: str, number: int) -> torch.Tensor:
         return self.base.expert(name, number)
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        return self.base.rows(name)
 
     def beside(self, name: str, x: torch.Tensor, number: int | None) -> torch.Tensor | float:
         """What LoRA adds to `x` (tokens, in) times this weight."""
@@ -152,11 +158,9 @@ def _rows(weights: Weights, name: str, wanted: list[int]) -> dict[int, torch.Ten
     return rows
 
 
-def _pieces(weights: Weights, name: str) -> Any:
-    """(first row, rows) of a large matrix, streamed where the weights can do that."""
+def _pieces(weights: Weights, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a large matrix."""
     first = 0
-    base = weights.base if isinstance(weights, Adapted) else weights
-    pieces = base.file.read_rows(name) if isinstance(base, Base) else base.matrix(name).split(_VOCABULARY_ROWS)
-    for piece in pieces:
+    for piece in weights.rows(name):
         yield first, piece
         first += len(piece)

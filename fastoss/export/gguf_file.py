@@ -184,11 +184,10 @@ def pack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> numpy.ndarray:
     return torch.cat([scales[..., None], packed], dim=-1).flatten(-2).numpy()
 
 
-def unpack(data: numpy.ndarray, part: Part, expert: int | None = None) -> torch.Tensor:
-    """float32 values of a tensor's bytes (or of one expert's), by the gguf library: the way back that verification takes."""
+def unpack(data: numpy.ndarray, part: Part, shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 values of a tensor's bytes, or of some of them that make up `shape`, by the gguf library: the way back that verification takes."""
     import gguf
 
-    shape = part.shape if expert is None else part.shape[1:]
     if part.type == "BF16":
         return torch.from_numpy(data.view(numpy.uint16)).view(torch.bfloat16).float().view(shape)
     kind = gguf.GGMLQuantizationType[part.type]

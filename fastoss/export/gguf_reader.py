@@ -46,12 +46,12 @@ class GgufFile:
             hint = "the copy broke off, or it is no GGUF file: export the run again"
             raise FastossError(f"the file cannot be read: {problem}", place=str(path), hint=hint) from None
 
-    def read(self, tensor: GgufTensor, row: int | None = None) -> numpy.ndarray:
-        """A tensor's bytes, or those of one entry of its first axis (one expert)."""
-        count = tensor.bytes if row is None else tensor.bytes // tensor.shape[0]
+    def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> numpy.ndarray:
+        """A tensor's bytes, or those of `count` entries of its first axis."""
+        each = tensor.bytes // tensor.shape[0]
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(tensor.start + (row or 0) * count)
-            return numpy.fromfile(file, numpy.uint8, count)
+            file.seek(tensor.start + first * each)
+            return numpy.fromfile(file, numpy.uint8, tensor.bytes if count is None else count * each)
 
     def _read(self, file: BinaryIO, size: int) -> None:
         from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from fastoss.errors import FastossError
 from fastoss.export.base import Base
 from fastoss.export.gguf_file import FILE_TYPES, Part, parts, unpack
 from fastoss.export.gguf_reader import GgufFile, GgufTensor
+from fastoss.export.tensors import PIECE_BYTES
 
 
 class GgufWeights:
@@ -51,10 +54,21 @@ class GgufWeights:
     def expert(self, name: str, number: int) -> torch.Tensor:
         return self._join(name, number).T
 
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A matrix in pieces along its first axis, each a bounded number of bytes."""
+        ((part, tensor),) = self._parts[name]
+        count = max(1, PIECE_BYTES // (4 * math.prod(part.shape[1:])))
+        for first in range(0, part.shape[0], count):
+            rows = min(count, part.shape[0] - first)
+            yield unpack(self.file.read(tensor, first, rows), part, (rows, *part.shape[1:]))
+
     def _join(self, name: str, number: int | None) -> torch.Tensor:
         """A tensor, or one expert's (out, in). Of gate_up the halves alternate along the axis of outputs."""
         found = self._parts[name]
-        values = [unpack(self.file.read(tensor, number), part, number) for part, tensor in found]
+        if number is None:
+            values = [unpack(self.file.read(tensor), part, part.shape) for part, tensor in found]
+        else:
+            values = [unpack(self.file.read(tensor, number, 1), part, part.shape[1:]) for part, tensor in found]
         if len(values) == 1:
             return values[0]
         # One expert's halves are (out / 2, in), biases (experts, out / 2).

@@ -21,7 +21,7 @@ GB = 1e9
 _PROCESS = 1.0e9  # Python with torch, transformers and PEFT, and the tokenizer
 _LLAMA_PROCESS = 1.0e9
 # Values a second on one core, of everything that is done to them: reading, merging, writing, reading back, comparing (docs/log.md).
-_RATES = {"adapter": 6e6, "merged": 4.0e6, "mxfp4": 2.2e6, "gguf": 2.0e6}
+_RATES = {"adapter": 5e7, "merged": 4.0e6, "mxfp4": 2.2e6, "gguf": 2.0e6}
 _MARGIN = 1.02  # of the disk
 
 

@@ -219,6 +219,9 @@ class _Rounded:
         weight = self.base.matrix(name).float()
         return rounding(self.export, name)[1](weight) if weight.dim() > 1 else weight
 
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        return (rounding(self.export, name)[1](piece.float()) for piece in self.base.rows(name))
+
     def expert(self, name: str, number: int) -> torch.Tensor:
         weight = self.base.expert(name, number).T
         kind, round_as = rounding(self.export, name)
