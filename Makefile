@@ -24,6 +24,7 @@ lint: .venv/test.done  ## style, import directions, types
 bench: .venv/test.done  ## benchmarks that need no GPU
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/training_cpu.py
+	$(BIN)/python benchmarks/dpo_cpu.py
 
 gpu:  ## GPU checks in phases, on a machine with a GPU and fastoss installed with its unsloth extra
 	$(PYTHON) benchmarks/gpu_checks.py

@@ -176,6 +176,87 @@ def chat(
     talk(model, prompt, temperature, max_new_tokens)
 
 
+RunOrAdapter = Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter's folder.")]
+BaseFolder = Annotated[
+    str | None, typer.Option("--base", metavar="DIR", help="A folder with the original base weights, instead of the run's own base.")
+]
+
+
+@app.command()
+def export(
+    run: RunOrAdapter,
+    format: Annotated[list[str], typer.Option("--format", metavar="NAME", help="adapter, merged, mxfp4 or gguf; may be given several times.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of RUN/exports; a format gets a folder in it.")
+    ] = None,
+    quantization: Annotated[str, typer.Option("--quantization", metavar="NAME", help="Of GGUF: mxfp4, bf16, f16 or q8_0.")] = "mxfp4",
+    base: BaseFolder = None,
+    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this repository of the hub (token from HF_TOKEN).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take; write nothing.")] = False,
+) -> None:
+    """Write a run's model for other programs, and verify it.
+
+    A folder appears only when every LoRA change was found in it, it answers as the adapter does, and its template writes the training tokens.
+    """
+    from fastoss.export.export import export as write
+
+    for folder in write(run, format, output=output, quantization=quantization, push_to=push, base=base, dry_run=dry_run, progress=_progress):
+        typer.echo(folder)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="EXPORT", help="The folder of an export.")],
+    against: Annotated[str, typer.Option("--against", metavar="RUN", help="The run, or the adapter's folder, that it was made from.")],
+    base: BaseFolder = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+) -> None:
+    """Verify an export against its run: exit code 1 when it fails."""
+    from fastoss.errors import RunFailed
+    from fastoss.export.export import verify_export
+
+    result = verify_export(path, against, base=base, progress=_progress)
+    typer.echo(json.dumps(result.to_plain(), indent=2, ensure_ascii=False) if json_ else "\n".join(result.lines()))
+    if not result.passed:
+        raise RunFailed("the verification failed", place=str(path))
+    typer.echo(f"{path} is verified", err=True)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run that has been exported, or one export's folder.")],
+    repo: Annotated[str | None, typer.Option("--repo", metavar="REPO", help="The repository, instead of the recipe's hub.repo.")] = None,
+    format: Annotated[list[str] | None, typer.Option("--format", metavar="NAME", help="Only these formats.")] = None,
+) -> None:
+    """Upload exports to the hub; what is there already is not sent again."""
+    from fastoss.export.export import push_run
+
+    for address in push_run(run, format or (), repo, progress=_progress):
+        typer.echo(address)
+
+
+adapter_app = typer.Typer(help="Look at LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(adapter_app, name="adapter")
+
+
+@adapter_app.callback()
+def adapter_commands() -> None:
+    """Look at LoRA adapters."""
+
+
+@adapter_app.command("check")
+def adapter_check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or an adapter's folder.")],
+    convert: Annotated[Path | None, typer.Option("--convert", metavar="DIR", help="Write it in today's layout into this folder.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", metavar="NAME", help="Its layout, where that cannot be told: peft or grouped.")] = None,
+) -> None:
+    """Tell which layout an adapter's expert LoRA has, and convert older ones."""
+    from fastoss.export.adapter_layouts import check_adapter
+
+    for line in check_adapter(path, layout, convert):
+        typer.echo(line)
+
+
 @app.command()
 def bench(
     recipe: RecipePath,

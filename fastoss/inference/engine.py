@@ -19,7 +19,7 @@ from fastoss.data.conversation import Message
 from fastoss.data.harmony import Completion, CompletionParser, Delta, HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError, RunFailed
-from fastoss.model.adapter import check_adapter, read_stamp
+from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.model.backend import has_gpu, load_model, model_source, plan_model, ready_for_inference
 from fastoss.model.checkpoint_source import checkpoint_source, native_precision
 from fastoss.model.lora import adapter_folder
@@ -50,7 +50,9 @@ class Engine:
         """Load a run, an adapter's folder, or a model by name. `FastossError` when it is none of these."""
         if name == "tiny" or _is_model(name):
             config = ModelConfig(name=name, precision=_default_precision(name))
-            return cls._base(config, FormatSettings(), None)
+            # A merged export says how its prompts are to be rendered; a published model does not.
+            format = read_stamp(Path(name)).format if (Path(name) / STAMP).is_file() else FormatSettings()
+            return cls._base(config, format, None)
         folder = adapter_folder(name)
         stamp = read_stamp(folder)
         return cls._base(stamp.model, stamp.format, folder)

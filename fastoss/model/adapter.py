@@ -65,8 +65,8 @@ def write_stamp(folder: Path, model: ModelConfig, format: FormatSettings, backen
         "model": model.model_copy(update={"adapter": None, "name": _lasting_name(model.name)}).model_dump(mode="json"),
         "format": format.model_dump(mode="json"),
         "backend": backend,
-        # PEFT 0.19 turned lora_B of fused experts round; whoever loads or merges must know which one this is.
-        "lora_layout": "peft-0.19",
+        # Experts' pairs have had other layouts under the same names (export/adapter_layouts.py): whoever merges must know which this is.
+        "lora_layout": "peft",
         "versions": library_versions(),
     }
     write_json(folder / STAMP, content)

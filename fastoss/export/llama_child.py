@@ -1,0 +1,34 @@
+"""The process in which xllamacpp runs: it prints its address, and ends when nobody holds its standard input any more."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    path, context, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # llama.cpp writes its log where it likes
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx = context
+    parameters.n_parallel = 1
+    parameters.n_gpu_layers = 0  # a CPU computes alike everywhere
+    parameters.warmup = False
+    parameters.no_extra_bufts = True  # no second copy of the weights in another order
+    parameters.use_jinja = True
+    parameters.cpuparams.n_threads = threads
+    parameters.cpuparams_batch.n_threads = threads
+    parameters.n_threads_http = 2
+    server = xllamacpp.Server(parameters)
+    out.write(f"{server.listening_address}\n")
+    out.flush()
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
