@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -16,6 +22,7 @@ from fastoss.model.backend import attach_lora, load_model, plan_model
 from fastoss.model.head import TrainedTokenLoss
 
 from .attention_helpers import check_kernel, output_and_gradients, random_inputs, random_layout
+from .conftest import ROOT, losses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -188,3 +195,39 @@ def test_kernels_agree_in_the_model(monkeypatch):
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import sys, torch
+torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1)))
+from fastoss.cli import main
+try:
+    main()
+finally:
+    print("peak", torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(0).total_memory, file=sys.stderr)
+"""
+
+
+def test_a_card_that_is_too_small_trains_on_the_same_loss_in_pieces(tmp_path):
+    """The allocator's own limit, below what whole micro-batches reserve: `error` says so, `split` goes on with the very same batch."""
+    rows = [{"instruction": f"Question {n}? " + "word " * 200, "input": "", "output": "answer " * 20} for n in range(64)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.toml").write_text(
+        'name = "small"\n[model]\nname = "tiny"\nprecision = "float32"\nmax_length = 1024\nbackend = "transformers"\n[[data]]\nsource = "data.jsonl"\n'
+        "[eval]\nfraction = 0.0\n[train]\nmax_steps = 3\ntokens_per_batch = 16384\n"
+    )
+
+    def run(name: str, share: float, *changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIMITED, str(share), "train", "recipe.toml", "--output", name, *changes]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+
+    whole = run("whole", 1.0)
+    assert whole.returncode == 0, whole.stderr
+    share = 0.8 * float(re.search(r"peak ([\d.e-]+)", whole.stderr)[1])
+    full = run("full", share)
+    assert (full.returncode, "memory is full at step 1" in full.stderr) == (1, True), full.stderr
+    split = run("split", share, "--set", "train.on_oom=split")
+    assert (split.returncode, "micro-batches are cut into" in split.stderr) == (0, True), split.stderr
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
