@@ -215,7 +215,8 @@ def test_a_card_that_is_too_small_trains_on_the_same_loss_in_pieces(tmp_path):
     rows = [{"instruction": f"Question {n}? " + "word " * 200, "input": "", "output": "answer " * 20} for n in range(64)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.toml").write_text(
-        'name = "small"\n[model]\nname = "tiny"\nprecision = "float32"\nmax_length = 1024\nbackend = "transformers"\n[[data]]\nsource = "data.jsonl"\n'
+        'name = "small"\n[model]\nname = "tiny"\nprecision = "float32"\nmax_length = 1024\nbackend = "transformers"\n'
+        '[[data]]\nsource = "data.jsonl"\n'
         "[eval]\nfraction = 0.0\n[train]\nmax_steps = 3\ntokens_per_batch = 16384\n"
     )
 
