@@ -7,7 +7,7 @@ import math
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastoss.export.base import Base
@@ -20,6 +20,8 @@ FLOATS = st.floats(-1e4, 1e4, width=32)
 
 
 @settings(max_examples=200, deadline=None)
+@example([0.0] * 31 + [1.4e-45])  # far below the smallest step
+@example([7.5] + [0.1] * 31)
 @given(st.lists(FLOATS, min_size=BLOCK, max_size=BLOCK))
 def test_each_value_is_rounded_within_the_bound(values):
     block = torch.tensor([values])

@@ -79,4 +79,4 @@ def bound(values: torch.Tensor) -> torch.Tensor:
     largest = values.float().unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1)
     _, exponent = torch.frexp(largest)
     # At the finer exponent s a value is off by 2^s in the widest step, or cut from below 8 to 6; at the coarser by 2 · 2^s.
-    return torch.ldexp(torch.full_like(largest, 2.0), exponent - 3)
+    return torch.ldexp(torch.full_like(largest, 2.0), (exponent - 3).clamp(min=-_BIAS))
