@@ -37,7 +37,7 @@ from fastoss.model.head import TrainedTokenLoss
 from fastoss.run import write_json
 
 
-def head() -> dict[str, Any]:
+def head(repeats: int = REPEATS) -> dict[str, Any]:
     """Forward and backward of the loss over 200 trained tokens, hidden 64, the full vocabulary, against TRL's chunked loss at its default."""
     from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _chunked_cross_entropy_loss
 
@@ -49,7 +49,7 @@ def head() -> dict[str, Any]:
         hidden.grad = None
         loss(hidden, weight, _CHUNKED_LM_HEAD_CHUNK_SIZE, labels=labels)[0].backward()
 
-    return in_turn(lambda: step(TrainedTokenLoss().chunked), lambda: step(_chunked_cross_entropy_loss))
+    return in_turn(lambda: step(TrainedTokenLoss().chunked), lambda: step(_chunked_cross_entropy_loss), repeats)
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ def test_tokenising_is_as_much_faster_as_it_was(one_thread):
 def test_head_is_as_much_faster_as_it_was(one_thread):
     from benchmarks.cpu import head
 
-    assert head()["times_faster"]["max"] > RECORD["head"]["times_faster"]["median"] / 2
+    assert head(repeats=3)["times_faster"]["max"] > RECORD["head"]["times_faster"]["median"] / 2
 
 
 @pytest.mark.parametrize(("name", "key", "limit"), [("million_rows", "peak_memory_gb", 1.5), ("packing", "seconds", 10), ("packing", "fill", None)])
