@@ -25,7 +25,7 @@ from fastoss.errors import RunFailed
 
 
 def swift_command(folder: Path, data: Path, epochs: int, work: Path, longest: int) -> list[str]:
-    """`swift sft`, rows packed, as ms-swift's guide for gpt-oss has it."""
+    """`swift sft`, rows of like length together: its guide for gpt-oss packs none. Never run yet."""
     settings = {
         "model": folder, "model_type": "gpt_oss", "template": "gpt_oss", "tuner_type": "lora", "dataset": data, "torch_dtype": "bfloat16",
         "num_train_epochs": epochs, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "learning_rate": 1e-9,
