@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fastoss
+from fastoss import cli_answers
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError
 
 if TYPE_CHECKING:
@@ -160,20 +161,8 @@ def show(
             typer.echo(line)
 
 
-@app.command()
-def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, or a model's name or folder.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, and end.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)] = 1024,
-) -> None:
-    """Talk to a run, an adapter or a model.
-
-    Its reasoning goes dimmed to stderr, its answer to stdout.
-    """
-    from fastoss.inference.chat import chat as talk
-
-    talk(model, prompt, temperature, max_new_tokens)
+for _command in (cli_answers.chat, cli_answers.generate, cli_answers.evaluate, cli_answers.serve):
+    app.command()(_command)
 
 
 RunOrAdapter = Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter's folder.")]

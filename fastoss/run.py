@@ -160,6 +160,14 @@ class RunDirectory:
     def log(self) -> Path:
         return self.root / "log.txt"
 
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def evaluation_replies(self) -> Path:
+        return self.root / "evaluation.jsonl"
+
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.resolved_recipe.is_file()
@@ -195,7 +203,8 @@ class RunDirectory:
 
     def _files(self) -> tuple[Path, ...]:
         """The resolved recipe comes last: while it is there, the folder is known as a run."""
-        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.curves, self.resolved_recipe
+        evaluated = self.evaluation, self.evaluation_replies
+        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.curves, *evaluated, self.resolved_recipe
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

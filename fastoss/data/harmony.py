@@ -273,9 +273,12 @@ class CompletionParser:
         """End of the reply: whatever text is left."""
         if self._header is not None:
             text = self._decode([i for i in self._header if i not in (START, CHANNEL)])
+            begun = CHANNEL in self._header
             self._header = None
             plain = text.removeprefix("assistant")
-            if plain.strip():
+            if begun and plain.strip() in ("analysis", "commentary", "final"):
+                self.problems.append("it ends within a header")
+            elif plain.strip():
                 self.problems.append("text without a header, read as the answer")
                 self._channel, self._recipient = "final", None
                 return self._delta(plain)
@@ -330,19 +333,23 @@ class CompletionParser:
 def parse_completion(ids: Iterable[int]) -> Completion:
     """Parse the tokens sampled after `<|start|>assistant` into reasoning, answer or tool call. Never raises."""
     parser = CompletionParser()
-    texts: dict[tuple[str, str | None], str] = {}
     deltas = [parser.feed(i) for i in ids]
     if parser.stop is None:
         deltas.append(parser.close())
+    return completion_from([delta for delta in deltas if delta is not None], parser.problems, parser.stop)
+
+
+def completion_from(deltas: Iterable[Delta], problems: list[str], stop: int | None) -> Completion:
+    """Put a reply's pieces together; what is missing or too much is added to `problems`."""
+    texts: dict[tuple[str, str | None], str] = {}
     for delta in deltas:
-        if delta is not None:
-            key = (delta.channel, delta.recipient)
-            texts[key] = texts.get(key, "") + delta.text
+        key = (delta.channel, delta.recipient)
+        texts[key] = texts.get(key, "") + delta.text
     calls = [ToolCall(recipient.removeprefix("functions."), text) for (_, recipient), text in texts.items() if recipient is not None]
     answer = texts.get(("final", None))
     if answer is None and not calls:
-        parser.problems.append("no answer")
+        problems.append("no answer")
     if len(calls) > 1:
-        parser.problems.append("more than one tool call, the first is read")
+        problems.append("more than one tool call, the first is read")
     content = answer if answer is not None else texts.get(("commentary", None), "")
-    return Completion(texts.get(("analysis", None)), content, parser.problems, parser.stop, calls[0] if calls else None)
+    return Completion(texts.get(("analysis", None)), content, problems, stop, calls[0] if calls else None)

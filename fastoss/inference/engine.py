@@ -1,49 +1,49 @@
 """Run → replies: a model that answers, parsed at token level with the renderer and parser that training used.
 
-Training asks it for its before-and-after samples; the chat streams from it.
+Training asks it for its before-and-after samples; chat, generate, evaluate and serve ask it for everything else. Several threads may
+ask one engine: they are answered one after the other, in the order in which they came.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from fastoss.config import FormatSettings, ModelConfig
-from fastoss.data.conversation import Message
+from fastoss.data.conversation import Message, Tool
 from fastoss.data.harmony import Completion, CompletionParser, Delta, HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError, RunFailed
+from fastoss.inference.prefix_cache import PrefixCaches
+from fastoss.inference.reply import Answer, Reply, finish_reason
+from fastoss.inference.sampling import Question, ReasoningLanguage
+from fastoss.inference.sampling import Sampling as Sampling
+from fastoss.inference.turns import Turns
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.model.backend import has_gpu, load_model, model_source, plan_model, ready_for_inference
 from fastoss.model.checkpoint_source import checkpoint_source, native_precision
 from fastoss.model.lora import adapter_folder
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. `temperature` 0 always takes the likeliest."""
-
-    temperature: float = 0.0
-    max_new_tokens: int = 1024
-    seed: int | None = None
-
-    def generate_arguments(self) -> dict[str, Any]:
-        chosen: dict[str, Any] = {"do_sample": False} if self.temperature == 0 else {"do_sample": True, "temperature": self.temperature}
-        return chosen | {"max_new_tokens": self.max_new_tokens, "eos_token_id": list(STOP_IDS), "pad_token_id": PAD, "use_cache": True}
-
-
 class Engine:
-    """A loaded model and the format settings that its prompts are rendered with."""
+    """A loaded model and the format settings that its prompts are rendered with.
 
-    def __init__(self, model: Any, format: FormatSettings):
+    `prefix_cache`: keep the keys and values of earlier turns for `stream`. `waiting` is how many may wait for their turn
+    (None: any number; `Busy` beyond).
+    """
+
+    def __init__(self, model: Any, format: FormatSettings, *, prefix_cache: bool = False, waiting: int | None = None):
         self.model = model
         self.renderer = HarmonyRenderer(format)
+        self.turns = Turns(waiting)
+        self._caches = PrefixCaches() if prefix_cache else None
 
     @classmethod
     def load(cls, name: str) -> Engine:
@@ -67,45 +67,143 @@ class Engine:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter)
-        return cls(ready_for_inference(model, plan), format)
+        # Unsloth answers through kernels and caches of its own.
+        return cls(ready_for_inference(model, plan), format, prefix_cache=plan.backend == "transformers")
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling | None = None, reasoning_effort: str | None = None) -> Iterator[Delta]:
-        """Answer a chat, piece by piece as it is sampled. Stops sampling when the caller stops listening."""
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter, so that the base can be asked as well (`tuned=False`)."""
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and reply together that the model knows positions for."""
+        return int(self.model.config.max_position_embeddings)
+
+    def prompt_ids(self, question: Question) -> list[int]:
+        """The tokens that ask a question. `FastossError` when it cannot be asked, or is longer than the model can read."""
+        question.checked()
+        ids = self.renderer.render_prompt(question.said(), question.reasoning_effort, question.tools, question.current_date)
+        if len(ids) >= self.context_length:
+            raise FastossError(f"the chat has {len(ids):,} tokens, the model reads {self.context_length:,}", place="messages", hint="begin a new one")
+        return ids
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        reasoning_effort: str | None = None,
+        *,
+        language: ReasoningLanguage | None = None,
+        tuned: bool = True,
+        tools: tuple[Tool, ...] = (),
+        current_date: str | None = None,
+    ) -> Reply:
+        """Answer a chat, piece by piece as it is sampled. `close()` the reply to stop it: sampling ends within a token.
+
+        `tuned=False` asks the base model: the adapter is switched off for this reply. Raises `FastossError` when the chat cannot
+        be asked, `Busy` when too many wait; iterating raises `RunFailed` when generation fails.
+        """
+        self._check_base(tuned)
+        question = Question(tuple(messages), reasoning_effort, language, tools, current_date)
+        prompt = self.prompt_ids(question)
+        chosen = sampling or Sampling()
+        return Reply(lambda reply: self._deltas(reply, prompt, chosen, tuned), len(prompt))
+
+    def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
+        """Answer several chats in one batch, in order. Their `seconds` are the batch's."""
+        if not questions:
+            return []
+        self._check_base(tuned)
         sampling = sampling or Sampling()
-        prompt = self.renderer.render_prompt(messages, reasoning_effort)
-        parser = CompletionParser()
-        self.problems = parser.problems
-        for token in self._sample(prompt, sampling):
-            delta = parser.feed(token)
-            if delta is not None:
-                yield delta
-        if parser.stop is None:
-            delta = parser.close()
-            if delta is not None:
-                yield delta
+        prompts = [self.prompt_ids(question) for question in questions]
+        with self.turns.turn():
+            begun = time.monotonic()
+            replies = self._batch(prompts, sampling, tuned)
+            seconds = time.monotonic() - begun
+        answers = []
+        for prompt, ids in zip(prompts, replies, strict=True):
+            completion = parse_completion(ids)
+            answers.append(Answer(completion, len(ids), len(prompt), seconds, finish_reason(completion.stop)))
+        return answers
 
     def complete(
-        self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None, efforts: Sequence[str | None] | None = None
+        self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None, efforts: Sequence[str | None] | None = None, *, tuned: bool = True
     ) -> list[Completion]:
-        """Answer several chats at once, in order, each with its own effort; prompts are padded on the left."""
-        if not chats:
-            return []
-        sampling = sampling or Sampling()
-        prompts = [self.renderer.render_prompt(chat, effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
+        """Answer several chats at once, in order, each with its own effort."""
+        asked = [Question(tuple(chat), effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
+        return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
+
+    @contextlib.contextmanager
+    def switched(self, tuned: bool) -> Iterator[None]:
+        """Within it the model is the tuned one, or the base. Only for whoever has the turn."""
+        with contextlib.nullcontext() if tuned or not self.has_adapter else self.model.disable_adapter():
+            yield
+
+    def _check_base(self, tuned: bool) -> None:
+        if not tuned and not self.has_adapter:
+            raise FastossError("there is no adapter to switch off: this is the base itself, or tuned weights merged into it", place="tuned=False")
+
+    def _batch(self, prompts: list[list[int]], sampling: Sampling, tuned: bool) -> list[list[int]]:
+        """Sampled ids up to the stop token. Prompts are padded on the left."""
         width = max(map(len, prompts))
         ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        with torch.no_grad():
+        with torch.no_grad(), self.switched(tuned):
             output = self.model.generate(input_ids=ids, attention_mask=mask, **sampling.generate_arguments())
-        return [parse_completion(_until_stop(row)) for row in output[:, width:].tolist()]
+        return [_until_stop(row) for row in output[:, width:].tolist()]
 
-    def _sample(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-        """Token ids as `generate` chooses them, in a thread of its own; the generator's end ends the thread."""
-        queue: Queue[int | BaseException | None] = Queue()
-        cancelled = threading.Event()
+    def _deltas(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool) -> Generator[Delta, None, None]:
+        parser = CompletionParser()
+        reply.problems = parser.problems
+        with contextlib.closing(self._sample(reply, prompt, sampling, tuned)) as tokens:
+            for token in tokens:
+                reply.count()
+                delta = parser.feed(token)
+                reply.stop = parser.stop
+                if delta is not None:
+                    yield delta
+        if parser.stop is None:
+            delta = parser.close()
+            if delta is not None:
+                yield delta
+
+    def _sample(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool) -> Generator[int, None, None]:
+        """Token ids as `generate` chooses them, in a thread of its own; the generator's end ends the thread.
+
+        The thread has the model's turn, not whoever reads: a slow reader does not keep others waiting.
+        """
+        said: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        cancelled = reply.cancelled
+
+        def run() -> None:
+            try:
+                with self.turns.turn(cancelled) as ours:
+                    reply.waited_seconds = reply.elapsed()
+                    if ours and not cancelled.is_set():
+                        self._generate(reply, prompt, sampling, tuned, said, cancelled)
+                said.put(None)
+            except BaseException as problem:  # handed to the reader's thread, which raises it
+                said.put(problem)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while (item := said.get()) is not None:
+                if isinstance(item, FastossError):
+                    raise item
+                if isinstance(item, BaseException):
+                    raise RunFailed(f"generation failed: {item}") from item
+                yield item
+        finally:
+            cancelled.set()
+            thread.join()
+
+    def _generate(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool, said: SimpleQueue[Any], cancelled: threading.Event) -> None:
         ids = torch.tensor([prompt], device=self.model.device)
+        sampled: list[int] = []
 
         class Streamer:
             """transformers hands the prompt first, then each new token."""
@@ -114,7 +212,8 @@ class Engine:
 
             def put(self, value: torch.Tensor) -> None:
                 if self.prompt_seen:
-                    queue.put(int(value.flatten()[0]))
+                    sampled.append(int(value.flatten()[0]))
+                    said.put(sampled[-1])
                 self.prompt_seen = True
 
             def end(self) -> None:
@@ -123,29 +222,17 @@ class Engine:
         def cancel(*_: Any) -> torch.Tensor:
             return torch.full((1,), cancelled.is_set(), dtype=torch.bool, device=ids.device)
 
-        def run() -> None:
-            try:
-                if sampling.seed is not None:
-                    torch.manual_seed(sampling.seed)
-                with torch.no_grad():
-                    arguments = sampling.generate_arguments()
-                    self.model.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), stopping_criteria=[cancel], **arguments
-                    )
-                queue.put(None)
-            except BaseException as problem:  # handed to the caller's thread, which raises it
-                queue.put(problem)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            while (item := queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise RunFailed(f"generation failed: {item}") from item
-                yield item
-        finally:
-            cancelled.set()
-            thread.join()
+        arguments = sampling.generate_arguments()
+        cache = None
+        if self._caches is not None:
+            cache, reply.reused_tokens = self._caches.take(prompt, tuned)
+            arguments["past_key_values"] = cache
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        with torch.no_grad(), self.switched(tuned):
+            self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), stopping_criteria=[cancel], **arguments)
+        if self._caches is not None:
+            self._caches.keep([*prompt, *sampled], cache, tuned)
 
 
 def _until_stop(ids: list[int]) -> list[int]:

@@ -1,0 +1,61 @@
+"""An evaluation → lines that a person who has never heard of a loss can read."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+_HIDDEN = ("perplexity_analysis", "perplexity_commentary", "bleu")  # in the JSON; the table says the same in other words already
+
+
+def table_lines(result: dict[str, Any]) -> list[str]:
+    """The table: a measure a line, both models with their 95 % intervals, and what is to be thought of the change."""
+    sides = ["base", "tuned"] if result["compared"] else ["tuned"]
+    heads = ["", *(["base", "tuned", "change"] if result["compared"] else ["value"]), "rows"]
+    rows = [heads]
+    for name, entry in result["measures"].items():
+        if name in _HIDDEN:
+            continue
+        cells = [entry["label"], *(_cell(entry.get(side), entry["unit"]) for side in sides)]
+        if result["compared"]:
+            cells.append(entry.get("verdict", ""))
+        counts = {entry[side]["n"] for side in sides if entry.get(side)}
+        rows.append([*cells, "/".join(map(str, sorted(counts)))])
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(heads))]
+    lines = [f"{result['model']}: {result['rows']} of {result['of']} rows ({result['source']})", ""]
+    lines += ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += ["", "In brackets: where the value would lie in 95 of 100 such samples of rows."]
+    if result["compared"]:
+        lines.append('"better" and "worse" are said only where chance does not explain the change (paired bootstrap, and a sign test at 5 %).')
+    if any(entry["unit"] == "nats" for entry in result["measures"].values()):
+        lines.append("Surprise is in nats a token: 0 is word for word as expected, each 0.69 less is twice as likely.")
+    counted = [name for name in ("reasoning_language", "answer_language") if name in result["measures"]]
+    if counted:
+        lines.append("Languages are counted where a text is long enough to tell.")
+    if result["rows"] < 30:
+        lines.append(f"{result['rows']} rows are few: differences below about {200 / max(1, result['rows']) ** 0.5:.0f} points are hard to see.")
+    return lines
+
+
+def _cell(value: dict[str, Any] | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    figures = [value[key] for key in ("mean", "low", "high")]
+    if unit == "share":
+        mean, low, high = (f"{100 * figure:.0f}" for figure in figures)
+        return f"{mean} % ({low}–{high})"
+    if unit == "ppl":
+        mean, low, high = (f"{figure:,.1f}" if figure < 1e5 else f"{figure:.1e}" for figure in figures)
+        return f"{mean} ({low}–{high})"
+    digits = 2 if unit == "nats" else 0 if unit == "tokens" else 1
+    mean, low, high = (f"{figure:,.{digits}f}" for figure in figures)
+    return f"{mean} ({low}–{high})"
+
+
+def _width(text: str) -> int:
+    """Columns in a terminal: wide letters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - _width(text))
