@@ -48,7 +48,7 @@ source = "data.jsonl"
 [eval]
 fraction = 0.0
 [train]
-max_steps = 70
+max_steps = 45
 learning_rate = 8e-3
 per_device_train_batch_size = 5
 lr_scheduler_kwargs = { min_lr_rate = 0.02 }
