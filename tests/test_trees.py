@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -252,13 +253,16 @@ def test_tree_equals_the_expanded_examples_with_a_layout_and_recomputation(stock
         packed.gradient_checkpointing_disable()
 
 
-def test_a_rendered_chat_equals_its_expanded_examples():
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_a_rendered_chat_equals_its_expanded_examples(backend):
     """Real tokens, the embedded tiny model with its window of 128, float32: a trunk longer than the window, and a pair."""
     from fastoss.config import LoraSettings, ModelConfig
     from fastoss.model.backend import attach_lora, load_model, plan_model
     from fastoss.model.head import TrainedTokenLoss
 
-    config = ModelConfig(name="tiny", precision="float32")
+    if backend == "unsloth" and importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    config = ModelConfig(name="tiny", precision="float32", max_length=1024, backend=backend)
     plan = plan_model(config, gpu=False)
     model, _, _ = attach_lora(load_model(config, plan), LoraSettings(r=4), plan)
     torch.manual_seed(0)
