@@ -68,14 +68,14 @@ def hub():
     server.shutdown()
 
 
-MODEL = ("--set", f"model.name={REPO}", "--set", "model.backend=transformers", "--set", "train.max_steps=1")
+MODEL = ("--set", f"model.name={REPO}", "--set", "model.backend=transformers", "--set", "train.max_steps=2")
 
 
 def test_a_model_from_a_hub_trains_and_chats(hub, folder, tmp_path):
     home = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     result = fastoss("train", folder.recipe, "--output", tmp_path / "run", *MODEL, **home)
     assert result.code == 0, result.err
-    local = fastoss("train", folder.recipe, "--output", tmp_path / "local", "--set", "train.max_steps=1")
+    local = fastoss("train", folder.recipe, "--output", tmp_path / "local", "--set", "train.max_steps=2")
     assert local.code == 0, local.err
     assert losses(tmp_path / "run") == losses(tmp_path / "local")
     assert f"/{REPO}/resolve/main/config.json" in Hub.asked

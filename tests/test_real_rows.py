@@ -212,11 +212,11 @@ def test_pairs(tmp_path):
         check_pair(row, pair.chosen, pair.rejected)
         if first_mojibake(pair.chosen) or first_mojibake(pair.rejected):
             damaged.append(number)
-    assert refused == [("pairs:286", "the text holds the control character U+000C", "remove it")]
+    assert refused == [("pairs:286", "the prompt: the text holds the control character U+000C", "remove it")]
     assert damaged == [15]
     assert any("fiancÃ© Cal Hockley" in turn["value"] for turn in rows[15]["conversations"])
     dataset = built(tmp_path, rows, *LENIENT, method="dpo")
-    assert dropped(dataset) == {"the text holds the control character U+000C": 1}
+    assert dropped(dataset) == {"the prompt: the text holds the control character U+000C": 1}
     assert {what: tally.places for what, tally in dataset.report.kept.items() if "mojibake" in what} == {"mojibake, repaired": ["rows.jsonl:16"]}
     assert Counter(number_of(example.conversation) for example in dataset.train) == dict.fromkeys({*range(len(rows))} - {286}, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,8 +38,11 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory) -> int:
     except ChildFailedError as failed:
         codes = [failure.exitcode for failure in failed.failures.values()]
         known = [code for code in codes if code > 1]
-        if not known and any(code < 0 for code in codes):
-            Console().say(f"error: a process was killed by signal {-min(codes)}\nhint: the same command goes on from the last checkpoint")
+        first = min(
+            failed.failures.values(), key=lambda failure: (failure.timestamp, failure.exitcode == -signal.SIGTERM)
+        )  # SIGTERM: the launcher ends the others
+        if not known and first.exitcode < 0:
+            Console().say(f"error: a process was killed by signal {-first.exitcode}\nhint: the same command goes on from the last checkpoint")
         return known[0] if known else EXIT_RUN_FAILED
     except SignalException as stopped:
         # The launcher passed the signal on; whether the processes came to save shows in the run.

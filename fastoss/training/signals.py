@@ -32,10 +32,10 @@ class StopRequest:
         for number in STOPPING:
             self._old[number] = signal.signal(number, self._receive)
 
-    def restore(self) -> None:
-        """Back to how it was; or, when a stop was asked for and is under way, deaf: a signal that comes late changes nothing."""
+    def restore(self, *, ended_well: bool) -> None:
+        """Back to how it was; or deaf, when the process is on its way out: a launcher's late signal must not hide why."""
         for number, handler in self._old.items():
-            signal.signal(number, handler if self.signal is None else signal.SIG_IGN)
+            signal.signal(number, handler if ended_well and self.signal is None else signal.SIG_IGN)
 
     def _receive(self, number: int, frame: Any) -> None:
         now = time.monotonic()

@@ -231,11 +231,12 @@ def _train_model(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         training.writer.wait()
     except Exception as problem:
-        raise _told(problem, trainer, run) from problem
-    finally:
-        watchdog.rest()
-        stop.restore()
+        stop.restore(ended_well=False)
         draw_curves(run, console)
+        raise _told(problem, trainer, run) from problem
+    stop.restore(ended_well=True)
+    watchdog.rest()
+    draw_curves(run, console)
     _note_saving(run, training.writer.costs)
     if trainer.state.global_step < training.total_steps:
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
