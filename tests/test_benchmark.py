@@ -6,6 +6,7 @@ Ratios are of processor time, and the best pair counts: the machine may be busy.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -24,10 +25,11 @@ def test_tokenising_is_as_much_faster_as_it_was(one_thread):
     assert result["whole_way"]["times_faster"]["max"] > RECORD["tokenising"]["whole_way"]["times_faster"]["median"] / 2
 
 
-def test_head_is_as_much_faster_as_it_was(one_thread):
-    from benchmarks.cpu import head
-
-    assert head(repeats=3)["times_faster"]["max"] > RECORD["head"]["times_faster"]["median"] / 2
+def test_head_is_as_much_faster_as_it_was():
+    """In a process of its own: where something was trained before, TRL's function has been replaced by ours."""
+    code = "import json, torch; torch.set_num_threads(1); from benchmarks.cpu import head; print(json.dumps(head(repeats=3)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["times_faster"]["max"] > RECORD["head"]["times_faster"]["median"] / 2
 
 
 @pytest.mark.parametrize(("name", "key", "limit"), [("million_rows", "peak_memory_gb", 1.5), ("packing", "seconds", 10), ("packing", "fill", None)])

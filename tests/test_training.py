@@ -347,7 +347,17 @@ def test_training_refuses_labels_that_were_not_rendered(folder, monkeypatch):
 def test_the_run_directory(folder):
     run = trained(folder, "run", *EVAL, "--set", 'samples.prompts=["你是谁?"]', "--set", "samples.max_new_tokens=4")
     names = {path.name for path in run.iterdir()} - {".lock"}
-    assert names == {"recipe.toml", "recipe.resolved.json", "manifest.json", "metrics.jsonl", "checkpoints", "adapter", "samples.jsonl", "log.txt"}
+    assert names == {
+        "recipe.toml",
+        "recipe.resolved.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "samples.jsonl",
+        "curves.svg",
+        "log.txt",
+    }
     assert (run / "recipe.toml").read_bytes() == folder.recipe.read_bytes()
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["versions"]["trl"] == "1.14.2"
@@ -390,9 +400,10 @@ def test_tensorboard_records_and_a_tracker_without_its_key_is_skipped(folder):
 
 
 @pytest.mark.parametrize("recipe", [p.name for p in sorted((ROOT / "recipes").glob("*.toml")) if p.stem != "quickstart"])
-def test_every_recipe_takes_its_first_step_on_the_tiny_model(recipe, tmp_path):
+def test_every_recipe_takes_its_first_steps_on_the_tiny_model(recipe, tmp_path):
     run = tmp_path / "run"
-    changes = ("--set", "model.name=tiny", "--set", "train.max_steps=1", "--set", "samples.max_new_tokens=4", "--sample")
+    # Two steps: the first one's learning rate is 0, and an adapter that does nothing is none to begin from.
+    changes = ("--set", "model.name=tiny", "--set", "train.max_steps=2", "--set", "samples.max_new_tokens=4", "--sample")
     begins_from = load_recipe(ROOT / "recipes" / recipe).model.adapter
     if begins_from:
         first = ROOT / "recipes" / f"{Path(begins_from).name}.toml"
@@ -400,7 +411,7 @@ def test_every_recipe_takes_its_first_step_on_the_tiny_model(recipe, tmp_path):
     result = fastoss("train", ROOT / "recipes" / recipe, "--output", run, *changes, cwd=tmp_path, timeout=600)
     assert result.code == 0, result.err
     assert "the tiny model runs in float32 without a GPU" in result.err
-    assert len(losses(run)) == 1
+    assert len(losses(run)) == 2
 
 
 def test_channels_are_weighed_and_watched(folder):

@@ -17,7 +17,7 @@ from fastoss.training.checkpoint import checkpoint_fault, list_checkpoints
 from ..conftest import ROOT, losses, metrics
 from .conftest import CHANGES, SLOW, Place
 
-TIMEOUT = 12
+TIMEOUT = 20
 SETTINGS = ("--set", "checkpoint.every=1", "--set", f"distributed.ddp_timeout={TIMEOUT}")
 COMMAND = ("train", "recipe.toml", "--output", "run", *CHANGES, *SETTINGS, "--gpus", "2")
 
