@@ -19,6 +19,7 @@ from fastoss.data.hub import NotCached, hub_data, hub_revision, is_cached, is_hu
 from fastoss.data.json_files import read_json, read_jsonl
 from fastoss.data.rows import KINDS, BadRow, Row, kind_of, shown, spelled
 from fastoss.errors import FastossError
+from fastoss.run import file_digest
 
 __all__ = [
     "BadRow", "NotCached", "Row", "hub_revision", "is_cached", "read_rows", "shown", "source_identity", "source_notes",
@@ -93,8 +94,7 @@ def source_identity(source: DataSource, *, sample: bool = False) -> str:
 @functools.lru_cache(maxsize=4096)
 def _file_digest(path: Path, size: int, changed_ns: int, number: int) -> str:
     """A hash of a file's content; asked again of an untouched file, it is not read again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def source_revisions(sources: Iterable[DataSource], *, sample: bool = False) -> dict[str, str]:

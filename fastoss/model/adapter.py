@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 import fastoss
 from fastoss.config import FormatSettings, ModelConfig
-from fastoss.data.tokenizer import TOKENIZER_SHA256, chat_template
+from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
 from fastoss.errors import FastossError
 from fastoss.model.checkpoint_source import read_config
 from fastoss.run import file_digest, read_json, write_json
@@ -60,7 +60,7 @@ def write_stamp(folder: Path, model: ModelConfig, format: FormatSettings, backen
     content = {
         "base": base_identity(source, weights=model.name != "tiny") | ({"source": "tiny"} if model.name == "tiny" else {}),
         "tokenizer_sha256": TOKENIZER_SHA256,
-        "chat_template_sha256": _template_digest(),
+        "chat_template_sha256": TEMPLATE_SHA256,
         "weights": {"bytes": weights.stat().st_size, "sha256": file_digest(weights)},
         "model": model.model_copy(update={"adapter": None, "name": _lasting_name(model.name)}).model_dump(mode="json"),
         "format": format.model_dump(mode="json"),
@@ -113,7 +113,7 @@ def check_adapter(folder: Path, source: str | None = None) -> None:
         hint = "it was saved before a first step that changed anything; train longer, or with a learning rate above 0"
         raise FastossError("the adapter does nothing: every lora_B is zero, its replies would be the base model's", place=place, hint=hint)
     for key, ours, what in (
-        ("tokenizer_sha256", TOKENIZER_SHA256, "tokenizer"), ("chat_template_sha256", _template_digest(), "chat template")
+        ("tokenizer_sha256", TOKENIZER_SHA256, "tokenizer"), ("chat_template_sha256", TEMPLATE_SHA256, "chat template")
     ):  # fmt: skip
         if key in content and content[key] != ours:
             hint = f"it was trained by fastoss {content.get('versions', {}).get('fastoss')}: use that version"
@@ -185,7 +185,3 @@ def _is_inert(path: Path, tensors: dict[str, dict[str, Any]]) -> bool:
                 if file.read(end - begin).strip(b"\x00\x80"):
                     return False
     return True
-
-
-def _template_digest() -> str:
-    return hashlib.sha256(chat_template().encode()).hexdigest()

@@ -62,10 +62,13 @@ def checkpoint_fault(checkpoint: Path, *, contents: bool = True) -> str | None:
     return None
 
 
-def latest_checkpoint(run: RunDirectory, say: Callable[[str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint, or None. Newer ones that are damaged are passed over, each with a line to `say`."""
+def latest_checkpoint(run: RunDirectory, say: Callable[[str], None] | None = None, *, contents: bool = True) -> Path | None:
+    """The newest whole checkpoint, or None. Newer ones that are damaged are passed over, each with a line to `say`.
+
+    Without `contents` names and sizes are enough: for whoever does not go on from it and need not read gigabytes.
+    """
     for checkpoint in reversed(list_checkpoints(run)):
-        fault = checkpoint_fault(checkpoint)
+        fault = checkpoint_fault(checkpoint, contents=contents)
         if fault is None:
             return checkpoint
         if say is not None:

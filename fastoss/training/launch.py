@@ -32,7 +32,7 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )  # fmt: skip
     _quiet_launcher()
-    before = latest_checkpoint(run)
+    before = latest_checkpoint(run, contents=False)
     try:
         elastic_launch(config, sys.executable)("-m", "fastoss", *arguments)
     except ChildFailedError as failed:
@@ -46,7 +46,7 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory) -> int:
         return known[0] if known else EXIT_RUN_FAILED
     except SignalException as stopped:
         # The launcher passed the signal on; whether the processes came to save shows in the run.
-        if latest_checkpoint(run) != before:
+        if latest_checkpoint(run, contents=False) != before:
             return EXIT_STOPPED
         Console().say("stopped before anything new was saved; the same command begins at the last checkpoint")
         return 128 + int(stopped.sigval)

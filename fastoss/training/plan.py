@@ -46,7 +46,7 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
 
 
 def _state(recipe: Recipe, run: RunDirectory, facts: dict[str, Any]) -> str:
-    if not run.exists() or not (run.is_finished() or latest_checkpoint(run)):
+    if not run.exists() or not (run.is_finished() or latest_checkpoint(run, contents=False)):
         return "would begin"
     try:
         check_same_run(run, recipe, facts)

@@ -18,7 +18,7 @@ from fastoss.data.packing import Layout, fill_batches
 from fastoss.data.units import Units
 from fastoss.model.adapter import library_versions
 from fastoss.model.backend import ModelPlan
-from fastoss.run import write_whole
+from fastoss.run import file_digest, write_whole
 from fastoss.training.dpo import answer_logps, collate_pairs
 from fastoss.training.progress import Console, rank, world_size
 
@@ -64,7 +64,7 @@ def _pair_logps(model: Any, units: Units, members: Sequence[int], layout: Layout
 
 def _key(model: Any, recipe: Recipe, plan: ModelPlan, dataset: Dataset, units: Units, adapter: Path | None) -> str:
     """A hash of what the values hang on: base, precision, adapter, tokens and which of them, libraries."""
-    weights = _digest(adapter / "adapter_model.safetensors") if adapter else "off"
+    weights = file_digest(adapter / "adapter_model.safetensors") if adapter else "off"
     told = [
         _base_identity(model, plan), plan.backend, plan.precision, recipe.lora.model_dump(mode="json") if adapter else None, weights,
         dataset.report.fingerprint, hashlib.sha256(units.bounds.tobytes() + units.examples.numbers.tobytes()).hexdigest(), library_versions(),
@@ -80,11 +80,6 @@ def _base_identity(model: Any, plan: ModelPlan) -> list[Any]:
     if source is not None and source.is_dir():
         files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(source.glob("*.safetensors"))]
     return [plan.source, getattr(config, "_commit_hash", None), config.to_json_string(), files]
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, values: numpy.ndarray) -> None:
