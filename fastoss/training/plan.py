@@ -12,7 +12,7 @@ from fastoss.data.sources import NotCached
 from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
-from fastoss.training.checkpoint import latest_checkpoint
+from fastoss.training.checkpoint import latest_checkpoint, list_checkpoints
 from fastoss.training.resume import check_same_run, run_facts
 from fastoss.training.train import batch_lines, plan_batches, steps_of
 
@@ -46,7 +46,10 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
 
 
 def _state(recipe: Recipe, run: RunDirectory, facts: dict[str, Any]) -> str:
-    if not run.exists() or not (run.is_finished() or latest_checkpoint(run, contents=False)):
+    whole = latest_checkpoint(run, contents=False)
+    if not run.is_finished() and whole is None and list_checkpoints(run):
+        return "would be refused, none of its checkpoints is whole"
+    if not run.exists() or not (run.is_finished() or whole):
         return "would begin"
     try:
         check_same_run(run, recipe, facts)

@@ -81,6 +81,7 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_removed(place: Place):
     for step in (2, 4, 6):
         tear(place.checkpoint(step) / "optimizer.pt")
     before = sorted(place.run.rglob("*"))
+    assert "would be refused, none of its checkpoints is whole" in place.again("--dry-run").out
     result = place.again()
     assert (result.code, "none of this run's checkpoints is whole" in result.err) == (1, True), result.err
     assert [path for path in sorted(place.run.rglob("*")) if path not in before] == []
