@@ -168,6 +168,11 @@ class RunDirectory:
     def evaluation_replies(self) -> Path:
         return self.root / "evaluation.jsonl"
 
+    @property
+    def preferences(self) -> Path:
+        """What people preferred in the demo: theirs, not the run's, so it outlives `clear`."""
+        return self.root / "preferences.jsonl"
+
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.resolved_recipe.is_file()
@@ -179,7 +184,7 @@ class RunDirectory:
     def create(self) -> None:
         """Make the folder. `FastossError` when that is not allowed, or when something else lies there."""
         if self.root.is_dir() and any(self.root.iterdir()) and not self.exists():
-            own = {path.name for path in self._files()} | {path.name for path in self._folders()}
+            own = {path.name for path in (*self._files(), *self._folders(), *self.root.glob(f"{self.preferences.stem}*"))}
             foreign = [path.name for path in self.root.iterdir() if not path.name.startswith(".") and path.name not in own]
             if foreign:
                 hint = "choose another place with --output, or move these files away"
