@@ -61,7 +61,7 @@ class Visitor:
 
     def join(self, element: str, values: list[Any], event: str = "click") -> httpx.Response:
         body = {"data": values, "fn_index": self.function(element, event)["id"], "session_hash": self.name, "trigger_id": None, "event_data": None}
-        return self.client.post(f"{self.url}/gradio_api/queue/join", json=body)
+        return self.client.post(f"{self.url}/gradio_api/queue/join", content=json.dumps(body), headers={"Content-Type": "application/json"})
 
     def call(self, element: str, values: list[Any], event: str = "click") -> str:
         """Do what a click does, and everything that the page was sent for it, as one text."""

@@ -286,7 +286,7 @@ def test_limits_are_said_before_anything_is_counted(served, monkeypatch):
     assert "The question has 1,000,000 characters, 4,000 are allowed (shorten it)." in visitor.ask("x" * 1_000_000)
     assert "The question cannot be asked: the text holds the control token" in visitor.ask("a <|end|> b")
     assert "The question is empty." in visitor.ask("  ")
-    assert "half a character" in visitor.ask("\ud800")
+    assert visitor.join("send", ["half a character: \ud800", "tuned", "as trained", "as trained", 0, 48, ""]).status_code == 400
     made_up = visitor.call("send", ["Hi", "root", "as trained", "as trained", 0, 48, ""])
     assert "The settings are none that the page offers" in made_up
     assert "is no language" in visitor.call("send", ["Hi", "tuned", "Klingon", "as trained", 0, 48, ""])

@@ -133,6 +133,7 @@ class Guard:
         try:
             told = json.loads(body or b"null")
             page = str(told["session_hash"])
+            json.dumps(told, ensure_ascii=False).encode()  # halves of characters would break the answer that repeats them
         except (ValueError, KeyError, TypeError, RecursionError):
             page = ""
         if body is None:

@@ -296,7 +296,7 @@ def build(demo: Demo) -> gr.Blocks:
             changed = picker.input(_with_request(demo.change), picker, parts, **free)
             changed.then(demo.heading, None, heading, **free)
         page.unload(_bound(demo.end))
-    page.queue(max_size=4 * demo.limits.waiting, api_open=False)
+    page.queue(max_size=demo.limits.sessions, api_open=False)  # our own bound, of questions that wait, comes long before
     page.max_threads = demo.limits.waiting + 32  # each answer under way holds one, waiting ones too
     return page
 
