@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -78,7 +79,8 @@ def train(
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
-    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite, override_resume=override_resume)
+    again = {"resume": not no_resume, "overwrite": overwrite, "override_resume": override_resume}
+    train_recipe(resolved, recipe, run, sample=sample, **again, command=shlex.join(["fastoss", *sys.argv[1:]]))
 
 
 def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool) -> None:
@@ -285,6 +287,24 @@ def slurm(
 
     name = load_recipe(recipe, set or ()).name
     typer.echo(sbatch_script(recipe, name, gpus=gpus, time=time, partition=partition, venv=venv, changes=set or ()), nl=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A run directory; or several, to compare them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page, instead of RUN/report.html or comparison.html beside the runs.")
+    ] = None,
+) -> None:
+    """Write a run's report anew, or one page that compares several runs.
+
+    The page needs no network and no scripts. A picture of the curves is written beside it as PNG.
+    """
+    from fastoss.report.report import write_comparison, write_report
+    from fastoss.run import RunDirectory
+
+    directories = [RunDirectory(run) for run in runs]
+    typer.echo(write_report(directories[0], output) if len(runs) == 1 else write_comparison(directories, output))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastoss.report.curves import write_curves
 from fastoss.run import RunDirectory, write_whole
+from fastoss.terminal import duration as duration
 
 
 def rank() -> int:
@@ -110,16 +111,6 @@ class MetricsFile:
         if rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-
-
-def duration(seconds: float) -> str:
-    """`7s`, `2m05s`, `3h10m`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 def draw_curves(run: RunDirectory, console: Console) -> None:

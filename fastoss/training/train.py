@@ -23,6 +23,7 @@ from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
 from fastoss.training.disk import check_room, disk_full
+from fastoss.training.ending import ending, keep_profile
 from fastoss.training.launch import check_gpus
 from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
 from fastoss.training.resume import opened, run_facts
@@ -33,9 +34,11 @@ from fastoss.training.watchdog import Watchdog
 
 def train(
     recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False,
-    override_resume: bool = False,
+    override_resume: bool = False, command: str | None = None,
 ) -> RunDirectory:  # fmt: skip
     """Run a recipe to its end in `run`, or go on where it stopped; `override_resume` insists on going on with another recipe or data.
+
+    `command` is what the person typed, kept for the report.
 
     Raises `FastossError` for bad input before the model loads, `RunFailed` when training fails, `Stopped` when a signal
     ended it after saving.
@@ -60,7 +63,9 @@ def train(
             return run
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
-        _train_model(recipe, run, plan, dataset, layout, units, schedule, console, trackers, start_adapter)
+        with ending(run, console):
+            keep_profile(run, dataset, recipe, command)
+            _train_model(recipe, run, plan, dataset, layout, units, schedule, console, trackers, start_adapter)
     return run
 
 
