@@ -47,7 +47,7 @@ def _sentences(runs: Sequence[Facts], names: Sequence[str]) -> list[str]:
         told.append("Their data is not the same, so their losses cannot be held against each other directly.")
     elif all(facts.evaluations for facts in runs) and len({facts.method for facts in runs}) == 1:
         best = min(range(len(runs)), key=lambda number: runs[number].evaluations[-1]["eval_loss"])
-        told.append(f"On the same held-out rows {names[best]} ends lowest, with a loss of {runs[best].evaluations[-1]['eval_loss']:.4g}.")
+        told.append(f"On the same held-out rows “{names[best]}” ends lowest, with a loss of {runs[best].evaluations[-1]['eval_loss']:.4g}.")
     return told
 
 
@@ -158,18 +158,18 @@ def _look(number: int) -> tuple[str, bool]:
 
 def _answers_part(runs: Sequence[Facts], names: Sequence[str]) -> Html | None:
     """Questions that several of the runs were asked, with each one's answer after training."""
-    asked: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    asked: dict[str, dict[int, dict[str, Any]]] = {}
     for number, facts in enumerate(runs):
         for entry in facts.samples:
             if entry.get("after"):
-                asked.setdefault(json.dumps(entry["messages"], ensure_ascii=False), []).append((number, entry))
+                asked.setdefault(json.dumps(entry["messages"], ensure_ascii=False), {})[number] = entry
     common = [answers for answers in asked.values() if len(answers) > 1][:_QUESTIONS]
     if not common:
         return None
     articles = []
     for answers in common:
-        replies = [tag("div", tag("h3", _key(number), names[number]), *_answer(entry["after"]), class_="reply") for number, entry in answers]
-        question = words(str(answers[0][1]["messages"][-1]["content"]))
+        replies = [tag("div", tag("h3", _key(number), names[number]), *_answer(entry["after"]), class_="reply") for number, entry in answers.items()]
+        question = words(str(next(iter(answers.values()))["messages"][-1]["content"]))
         articles.append(
             tag("article", tag("div", question, class_="asked"), tag("div", *replies, class_=f"answers n{min(3, len(replies))}"), class_="sample")
         )

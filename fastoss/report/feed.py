@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from fastoss.report.examples import section
@@ -47,7 +48,7 @@ def _counts(facts: Facts, data: dict[str, Any]) -> Html:
         "dropped": f"{sum(tally['count'] for tally in data['drops'].values()):,}",
         "fill of the batches": f"{100 * facts.fill:.1f} %" if facts.fill is not None else None,
     }
-    return tag("table", *(tag("tr", tag("th", name), tag("td", value, class_="number")) for name, value in rows.items() if value is not None))
+    return tag("table", *(tag("tr", tag("th", name), tag("td", value, class_="value")) for name, value in rows.items() if value is not None))
 
 
 def _verdicts(data: dict[str, Any]) -> Html:
@@ -72,11 +73,12 @@ def _channels(channels: list[dict[str, Any]]) -> Html:
                     tag("rect", tag("title", told), x=round(place, 3), width=round(width, 3), height=10, class_=f"{class_} {channel['name']}")
                 )
             place += width
-    rows = [
-        tag("tr", tag("td", tag("svg", tag("rect", width=10, height=10, rx=3), viewBox="0 0 10 10", class_=f"swatch {c['name']}", aria_hidden="true"), c["name"]),
-            tag("td", f"{c['tokens']:,}", class_="number"), tag("td", f"{c['trained']:,}", class_="number"))
-        for c in channels
-    ]  # fmt: skip
+    rows = []
+    for channel in channels:
+        square = tag("rect", width=10, height=10, rx=3)
+        name = tag("td", tag("svg", square, viewBox="0 0 10 10", class_=f"swatch {channel['name']}", aria_hidden="true"), channel["name"])
+        counts = (tag("td", f"{channel[key]:,}", class_="number") for key in ("tokens", "trained"))
+        rows.append(tag("tr", name, *counts))
     head = tag("tr", tag("th", "tokens by channel"), tag("th", "in all", class_="number"), tag("th", "trained", class_="number"))
     picture = tag("svg", *bars, viewBox="0 0 100 10", class_="bar tall", preserveAspectRatio="none", aria_hidden="true")
     return join(picture, tag("table", head, *rows))
@@ -106,8 +108,8 @@ def histogram(bins: dict[str, list[int]], max_length: int) -> Html:
             tag("line", x1=left, x2=width - 10, y1=y(count), y2=y(count), class_="grid"),
             tag("text", f"{count:,.0f}", x=left - 6, y=y(count) + 3.5, text_anchor="end"),
         ]
-    parts += [tag("text", f"{value:,.0f}", x=x(value), y=height - 7, text_anchor="middle") for value in ticks(edges[0], end, 5)[:-1] + [float(end)]]
-    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    parts += [tag("text", f"{value:,.0f}", x=x(value), y=height - 7, text_anchor="middle") for value in ticks(edges[0], end, 5)]
+    for number, (low, high) in enumerate(pairwise(edges)):
         for base, count, class_ in ((0, kept[number], "blue"), (kept[number], dropped[number], "orange")):
             if count:
                 told = f"{low + 1:,} to {high:,} tokens: {count:,}{' dropped' if class_ == 'orange' else ''}"
@@ -128,4 +130,4 @@ def _dropped(profile: dict[str, Any]) -> Html:
     head = tag("tr", tag("th", "where"), tag("th", "why"), tag("th", "how it begins"))
     count = profile["dropped_total"]
     title = f"{count:,} dropped" + (f", the first {len(shown)}" if count > len(shown) else "")
-    return tag("details", tag("summary", title), tag("div", tag("table", head, *rows), class_="wide"))
+    return tag("details", tag("summary", title), tag("div", tag("table", head, *rows), class_="wide stack"))

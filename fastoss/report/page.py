@@ -136,7 +136,7 @@ def _course_part(facts: Facts) -> Html | None:
     notes = [tag("li", words(said, "span"), f" ({count} times)" if count > 1 else None) for said, count in facts.notes]
     notes += [tag("li", f"{name} is damaged and was left out of this page") for name in facts.damaged]
     head = tag("tr", *(tag("th", name) for name in ("started", "went on", "ended", "said at the end")))
-    table = tag("div", tag("table", head, *rows), class_="wide") if rows else None
+    table = tag("div", tag("table", head, *rows), class_="wide stack") if rows else None
     warned = join(tag("h3", "Warnings and notes"), tag("ul", *notes, class_="notes")) if notes else tag("p", "No warnings were said.", class_="muted")
     return section("course", "The run's course", table, warned)
 

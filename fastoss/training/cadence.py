@@ -68,7 +68,8 @@ class Cadence(TrainerCallback):
         training, step = self.training, state.global_step
         if "eval_loss" in logs:
             training.metrics.write(step, {key: logs[key] for name in _LOGGED if (key := f"eval_{name}") in logs})
-            training.console.say(f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}")
+            said = f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}"
+            training.console.say(said, "evaluation", step=step, steps=training.total_steps, eval_loss=logs["eval_loss"])
             return
         now = time.monotonic()
         seconds_a_step = (now - self.started) / max(1, step - self.first_step)
@@ -83,8 +84,12 @@ class Cadence(TrainerCallback):
         due = step % training.recipe.log.every == 0 or step in (self.first_step + 1, training.total_steps) or quiet_for > _PATIENCE_S
         speed = (tokens - self.last[1]) / (now - self.last[0]) if self.last[0] else 0.0
         pace = f"{speed:,.0f} tok/s  " if speed > 0 else ""
-        left = duration(seconds_a_step * (training.total_steps - step))
-        line = f"step {step:,}/{training.total_steps:,}  epoch {state.epoch:.2f}  loss {logs.get('loss', float('nan')):.4f}  {pace}{left} left"
-        training.console.live(line, keep=due)
+        left = seconds_a_step * (training.total_steps - step)
+        line = (
+            f"step {step:,}/{training.total_steps:,}  epoch {state.epoch:.2f}  loss {logs.get('loss', float('nan')):.4f}  {pace}{duration(left)} left"
+        )
+        known = {key: values[key] for key in ("epoch", "loss", "tokens_per_second") if key in values}
+        told = {"step": step, "steps": training.total_steps, **known, "seconds_left": round(left, 1)}
+        training.console.live(line, keep=due, kind="step", **told)
         if due:
             self.last = (now, tokens)

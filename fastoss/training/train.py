@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastoss import terminal
 from fastoss.config import Recipe
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
@@ -174,7 +175,8 @@ def _train_model(
     watchdog.stage("loading the model")
     watchdog.start()
     console.say(f"loading {plan.source or 'the tiny model'} …")
-    model = load_model(recipe.model, plan)
+    with terminal.working("loading the model", draw=plan.source is None, tell=console.say):  # libraries draw bars for a checkpoint
+        model = load_model(recipe.model, plan)
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
