@@ -88,8 +88,8 @@ class Cadence(TrainerCallback):
         line = (
             f"step {step:,}/{training.total_steps:,}  epoch {state.epoch:.2f}  loss {logs.get('loss', float('nan')):.4f}  {pace}{duration(left)} left"
         )
-        known = {key: values[key] for key in ("epoch", "loss", "tokens_per_second") if key in values}
-        told = {"step": step, "steps": training.total_steps, **known, "seconds_left": round(left, 1)}
+        known: dict[str, Any] = {key: values[key] for key in ("epoch", "loss", "tokens_per_second") if key in values}
+        told: dict[str, Any] = {"step": step, "steps": training.total_steps, **known, "seconds_left": round(left, 1)}
         training.console.live(line, keep=due, kind="step", **told)
         if due:
             self.last = (now, tokens)
