@@ -304,13 +304,18 @@ def report(
 ) -> None:
     """Write a run's report anew, or one page that compares several runs.
 
-    The page needs no network and no scripts. A picture of the curves is written beside it as PNG.
+    The page needs no network and no scripts. Of one run the curves are drawn anew as well: curves.svg and curves.png.
     """
+    from fastoss.report.curves import write_curves
     from fastoss.report.report import write_comparison, write_report
     from fastoss.run import RunDirectory
 
     directories = [RunDirectory(run) for run in runs]
-    typer.echo(write_report(directories[0], output) if len(runs) == 1 else write_comparison(directories, output))
+    if len(runs) > 1:
+        typer.echo(write_comparison(directories, output))
+        return
+    typer.echo(write_report(directories[0], output))
+    write_curves(directories[0], png=True)
 
 
 @app.command()

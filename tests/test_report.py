@@ -46,6 +46,8 @@ class Opened:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("request", lambda request: self.complaints.append(request.url) if request.url != file.as_uri() else None)
+        self.failed: list[tuple[str, str | None]] = []
+        self.page.on("requestfailed", lambda request: self.failed.append((request.url, request.failure)))
         self.page.goto(file.as_uri())
 
     def close(self) -> None:
@@ -83,7 +85,8 @@ def test_the_policy_lets_nothing_in(browser: Browser, tmp_path: Path) -> None:
     assert opened.page.title() == "run · fastoss report"
     refused = [said for said in opened.complaints if "Content Security Policy" in said]
     assert len(refused) >= 3
-    opened.complaints = [said for said in opened.complaints if said not in refused]
+    assert opened.failed == [("http://example.org/x.png", "csp")]  # stopped before any network was asked
+    opened.complaints = [said for said in opened.complaints if said not in (*refused, "http://example.org/x.png")]
     opened.close()
 
 

@@ -356,6 +356,8 @@ def test_the_run_directory(folder):
         "adapter",
         "samples.jsonl",
         "curves.svg",
+        "report.html",
+        "profile.json",
         "log.txt",
     }
     assert (run / "recipe.toml").read_bytes() == folder.recipe.read_bytes()

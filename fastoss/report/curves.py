@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from fastoss.report.drawing import BLUE, BROWN, GREEN, INK, ORANGE, PINK, Mark, Panel, Series, drawn, to_svg
+from fastoss.report.drawing import BLUE, BROWN, GREEN, INK, ORANGE, PINK, Mark, Panel, Series, drawn, to_png, to_svg
 from fastoss.run import RunDirectory, read_json, write_whole
 
 Entry = dict[str, Any]  # a line of metrics.jsonl
@@ -17,13 +17,15 @@ _CHANNELS = (("analysis", "loss_analysis", GREEN), ("commentary", "loss_commenta
 _ONE = "train"  # a panel of one metric: the line is called train, and the dotted one held-out
 
 
-def write_curves(run: RunDirectory) -> Path:
-    """Draw what `metrics.jsonl` holds so far into `curves.svg` of the run directory, whole or not at all."""
+def write_curves(run: RunDirectory, *, png: bool = False) -> Path:
+    """Draw what `metrics.jsonl` holds so far into `curves.svg` of the run directory, whole or not at all; with `png` into `curves.png` as well."""
     entries = read_metrics(run)
     resumed = resumed_after(run, entries)
     marks = [Mark(step + 0.5, INK) for step in resumed] + [Mark(entry["step"], ORANGE) for entry in entries if "failed" in entry]
     with drawn(heading(run, entries), panels_of(entries, resumed), marks, columns=3) as figure:
         picture = to_svg(figure, f"Curves of the run {run.root.name}")
+        if png:
+            write_whole(run.curves_png, to_png(figure))
     write_whole(run.curves, picture)
     return run.curves
 

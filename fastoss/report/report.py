@@ -15,6 +15,8 @@ from fastoss.run import RunDirectory, write_whole
 def write_report(run: RunDirectory, output: Path | None = None) -> Path:
     """Write a run's page, to `report.html` in its directory or to `output`; the path comes back.
 
+    The page draws its curves itself: it needs no matplotlib, whose start would cost each run a second.
+
     Raises `FastossError` where there is no run, or the page cannot be written.
     """
     return _write(output or run.report, report_page(read_facts(run)))
