@@ -35,7 +35,7 @@ def as_json() -> bool:
 
 
 def say(text: str = "", kind: str = "", **fields: Any) -> None:
-    """A line that stays. As JSON: `time`, `kind` (message, note, step, evaluation, progress, error), `text`, and the fields."""
+    """A line that stays. As JSON: `time`, `kind` (message, note, step, evaluation, progress, stopped, error), `text`, and the fields."""
     with _lock:
         _leave_live()
         print(line_for(text, kind, **fields), file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from fastoss.config import Recipe
 from fastoss.data.dataset import Dataset
 from fastoss.data.overview import profile_plain
 from fastoss.errors import FastossError, Stopped
+from fastoss.report.curves import read_metrics
 from fastoss.report.report import write_report
 from fastoss.run import RunDirectory, read_json, write_json
 from fastoss.training.progress import Console, rank
@@ -46,6 +47,7 @@ def _finish(run: RunDirectory, console: Console, how: str, said: str | None) -> 
         manifest: dict[str, Any] = read_json(run.manifest)
         end = {"start": len(manifest["started"]), "how": how, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "said": said}
         write_json(run.manifest, manifest | {"ends": [*manifest.get("ends", []), end]})
-        console.say(f"report: {write_report(run)}")
+        if read_metrics(run):  # a run that was refused before its first step has nothing to show
+            console.say(f"report: {write_report(run)}")
     except Exception as problem:
         console.say(f"note: the report could not be written: {type(problem).__name__}: {problem}")
