@@ -118,7 +118,7 @@ def test_training_in_a_terminal(folder) -> None:
     assert log.endswith("\n")
     assert "\r" not in log
     assert "\033" not in log
-    assert [line.split()[3] for line in log.splitlines() if "  step " in line] == ["1/4", "2/4", "4/4"]
+    assert {"1/4", "2/4", "4/4"} <= {line.split()[3] for line in log.splitlines() if "  step " in line}  # a slow machine says more
 
 
 def test_bad_input_as_json(tmp_path: Path) -> None:
