@@ -297,12 +297,12 @@ def slurm(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A run directory; or several, to compare them.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="A run directory; or several, to compare them.")],
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="The page, instead of RUN/report.html or comparison.html beside the runs.")
     ] = None,
 ) -> None:
-    """Write a run's report anew, or one page that compares several runs.
+    """Write a run's page anew, or compare several runs.
 
     The page needs no network and no scripts. Of one run the curves are drawn anew as well: curves.svg and curves.png.
     """
