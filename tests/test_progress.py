@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .commands import ROOT
@@ -106,9 +107,14 @@ def test_training_in_a_terminal(folder) -> None:
     started = _commands().start(
         "train", folder.recipe, "--output", run, "--set", "log.every=2", cwd=folder.root, prelude=onto, TERM="xterm", COLUMNS="120"
     )
-    os.close(slave)
-    written = read_all(master)
-    assert started.wait().code == 0
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_all, master)
+        try:
+            ended = started.wait()
+        finally:
+            os.close(slave)  # ours was open until the command had opened its own; now the reader comes to the end
+        written = reading.result()
+    assert ended.code == 0, written
     drawn = [piece for piece in written.split("\r\033[K") if piece.startswith("step ")]
     assert [piece.split()[1] for piece in drawn] == ["1/4", "2/4", "3/4", "4/4"]
     shown = screen(written)
