@@ -38,7 +38,7 @@ def _counts(facts: Facts, data: dict[str, Any]) -> Html:
     sides = 2 if data.get("pairs") else 1
     made = "pairs" if data.get("pairs") else "examples (one a trained turn)"
     rows = {
-        "read from": ", ".join(f"{source}{f' ({told})' if told else ''}" for source, told in data.get("sources", {}).items()) or None,
+        "read from": ", ".join(f"{source}{f' ({told[:19]})' if told else ''}" for source, told in data.get("sources", {}).items()) or None,
         "rows": f"{data['rows']:,}",
         f"training {made}": f"{data['train_examples'] // sides:,}",
         f"held out {made}": f"{data['eval_examples'] // sides:,}",
