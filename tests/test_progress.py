@@ -110,7 +110,7 @@ def test_training_in_a_terminal(folder) -> None:
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_all, master)
         try:
-            ended = started.wait()
+            ended = started.wait(timeout=300)
         finally:
             os.close(slave)  # ours was open until the command had opened its own; now the reader comes to the end
         written = reading.result()
