@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fastoss
-from fastoss import cli_answers
-from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError
+from fastoss import cli_answers, terminal
+from fastoss.cli_answers import LogJson
+from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError, Stopped
 
 if TYPE_CHECKING:
     from fastoss.config import Recipe
@@ -54,6 +56,7 @@ def train(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
     override_resume: Annotated[bool, typer.Option("--override-resume", help="Go on though recipe, data or libraries have changed.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Train a recipe; the same command again goes on where it stopped."""
     from fastoss.config import load_recipe
@@ -78,7 +81,8 @@ def train(
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
-    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite, override_resume=override_resume)
+    again = {"resume": not no_resume, "overwrite": overwrite, "override_resume": override_resume}
+    train_recipe(resolved, recipe, run, sample=sample, **again, command=shlex.join(["fastoss", *sys.argv[1:]]))
 
 
 def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool) -> None:
@@ -129,7 +133,7 @@ def check(
 
 
 def _progress(line: str) -> None:
-    typer.echo(line, err=True)
+    terminal.say(line)
 
 
 @app.command()
@@ -182,6 +186,7 @@ def export(
     base: BaseFolder = None,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this repository of the hub (token from HF_TOKEN).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take; write nothing.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Write a run's model for other programs, and verify it.
 
@@ -199,6 +204,7 @@ def verify(
     against: Annotated[str, typer.Option("--against", metavar="RUN", help="The run, or the adapter's folder, that it was made from.")],
     base: BaseFolder = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Verify an export against its run: exit code 1 when it fails."""
     from fastoss.errors import RunFailed
@@ -216,6 +222,7 @@ def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run that has been exported, or one export's folder.")],
     repo: Annotated[str | None, typer.Option("--repo", metavar="REPO", help="The repository, instead of the recipe's hub.repo.")] = None,
     format: Annotated[list[str] | None, typer.Option("--format", metavar="NAME", help="Only these formats.")] = None,
+    log_json: LogJson = False,
 ) -> None:
     """Upload exports to the hub; what is there already is not sent again."""
     from fastoss.export.export import push_run
@@ -257,6 +264,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1)] = 3,
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of runs/<name>-bench.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run; run nothing.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Measure how fast a recipe trains, on several processes and beside a baseline."""
     from fastoss.config import load_recipe
@@ -285,6 +293,29 @@ def slurm(
 
     name = load_recipe(recipe, set or ()).name
     typer.echo(sbatch_script(recipe, name, gpus=gpus, time=time, partition=partition, venv=venv, changes=set or ()), nl=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="A run directory; or several, to compare them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page, instead of RUN/report.html or comparison.html beside the runs.")
+    ] = None,
+) -> None:
+    """Write a run's page anew, or compare several runs.
+
+    The page needs no network and no scripts. Of one run the curves are drawn anew as well: curves.svg and curves.png.
+    """
+    from fastoss.report.curves import write_curves
+    from fastoss.report.report import write_comparison, write_report
+    from fastoss.run import RunDirectory
+
+    directories = [RunDirectory(run) for run in runs]
+    if len(runs) > 1:
+        typer.echo(write_comparison(directories, output))
+        return
+    typer.echo(write_report(directories[0], output))
+    write_curves(directories[0], png=True)
 
 
 @app.command()
@@ -324,14 +355,14 @@ def main() -> None:
             traceback.print_exc()
         # Every rank finds the same bad input; one of them says so.
         if error.exit_code != EXIT_BAD_INPUT or os.environ.get("RANK", "0") == "0":
-            typer.echo(str(error), err=True)
+            terminal.say(str(error), "stopped" if isinstance(error, Stopped) else "error", **(error.to_plain() if terminal.as_json() else {}))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        terminal.say("interrupted", "error")
         sys.exit(130)
     except Exception as error:
         if os.environ.get("FASTOSS_DEBUG"):
             traceback.print_exc()
         fact = f"{type(error).__name__}: {error}".strip()
-        typer.echo(f"error: {fact}\nhint: run `fastoss --debug …` for the traceback", err=True)
+        terminal.say(f"error: {fact}\nhint: run `fastoss --debug …` for the traceback", "error")
         sys.exit(EXIT_RUN_FAILED)

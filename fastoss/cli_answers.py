@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastoss import terminal
 from fastoss.errors import FastossError
 from fastoss.inference.sampling import Effort, Question, ReasoningLanguage, Sampling
 
@@ -21,6 +23,14 @@ WithEffort = Annotated[Effort | None, typer.Option("--effort", help="How much it
 Language = Annotated[str | None, typer.Option("--language", metavar="NAME", help="The language to reason in, such as German.")]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system text.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model: the adapter is switched off.")]
+
+
+def _log_as_json(wanted: bool) -> None:
+    if wanted:
+        os.environ[terminal.AS_JSON] = "1"
+
+
+LogJson = Annotated[bool, typer.Option("--log-json", callback=_log_as_json, help="Progress and errors on stderr as JSON, an object a line.")]
 
 
 def chat(
@@ -66,6 +76,7 @@ def generate(
     max_new_tokens: NewTokens = 1024,
     base: Base = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies there.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Answer a file of questions; the same command again goes on where it stopped."""
     from fastoss.inference.generate import Batching
@@ -85,6 +96,7 @@ def evaluate(
     language: Language = None,
     max_new_tokens: NewTokens = 512,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Compare the tuned model with its base on rows that it was not trained on.
 
@@ -125,4 +137,4 @@ def _language(name: str | None) -> ReasoningLanguage | None:
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    terminal.say(line)

@@ -157,6 +157,18 @@ class RunDirectory:
         return self.root / "curves.svg"
 
     @property
+    def curves_png(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 
@@ -209,7 +221,8 @@ class RunDirectory:
     def _files(self) -> tuple[Path, ...]:
         """The resolved recipe comes last: while it is there, the folder is known as a run."""
         evaluated = self.evaluation, self.evaluation_replies
-        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.curves, *evaluated, self.resolved_recipe
+        pictures = self.curves, self.curves_png, self.report
+        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.profile, *pictures, *evaluated, self.resolved_recipe
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

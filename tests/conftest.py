@@ -120,10 +120,13 @@ def fastoss(*arguments: object, cwd: Path | None = None, timeout: float = 300, *
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+MEASURED = ("seconds", "tokens_per_second", "memory", "memory_peak")  # by the clock and the machine
+
+
 def metrics(run: Path) -> list[dict]:
-    """A run's metrics without what a clock decides."""
+    """A run's metrics without what clock and machine decide."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+    return [{key: value for key, value in entry.items() if key not in MEASURED} for entry in entries]
 
 
 def losses(run: Path) -> list[float]:

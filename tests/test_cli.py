@@ -143,7 +143,7 @@ def test_every_fastoss_command_in_the_documents_is_understood(tmp_path):
             if "--html" in words:  # not into the repository
                 words[words.index("--html") + 1] = str(tmp_path / "page.html")
             # What needs a finished run is parsed only: --help comes after the options were understood.
-            extra = {"train": ["--dry-run"]}.get(words[1], ["--help"] if words[1] in ("export", "verify", "push", "adapter") else [])
+            extra = {"train": ["--dry-run"]}.get(words[1], ["--help"] if words[1] in ("export", "verify", "push", "adapter", "report") else [])
             result = fastoss(*words[1:], *extra, cwd=ROOT)
             assert result.code == 0, (name, line, result.err)
             seen += 1

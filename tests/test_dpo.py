@@ -28,10 +28,13 @@ from fastoss.errors import FastossError, RunFailed
 from fastoss.model.backend import ModelPlan, attach_lora, load_chat_tokenizer, load_model, plan_model
 from fastoss.model.tiny import tiny_model_folder
 from fastoss.report.curves import panels_of, read_metrics, resumed_after
+from fastoss.report.facts import read_facts
+from fastoss.report.story import sentences
 from fastoss.run import RunDirectory, file_lock
 from fastoss.training.dpo import HarmonyDPOTrainer, PairCollator, answer_logps, collate_pairs
 from fastoss.training.train import train
 
+from .browser import find_chromium, open_browser
 from .conftest import ROOT, fastoss, metrics
 
 sys.path.insert(0, str(ROOT))  # for benchmarks/
@@ -371,7 +374,7 @@ def test_unsloth_and_transformers_agree(pairs):
 
 
 def test_held_out_pairs_and_resume(pairs):
-    changes = ("eval.fraction=0.3", "eval.every=2", "checkpoint.every=2")
+    changes = ("eval.fraction=0.3", "eval.every=2", "checkpoint.every=2", 'samples.prompts=["<script>你是谁?</script>"]', "samples.max_new_tokens=4")
     settings = sets(*changes)
     whole = trained(pairs, "whole", *settings)  # in a process of its own as well: where arrays lie in memory decides about last bits
     evaluated = [entry for entry in metrics(whole) if "eval_loss" in entry]
@@ -389,6 +392,25 @@ def test_held_out_pairs_and_resume(pairs):
     assert resumed_after(RunDirectory(broken), read_metrics(RunDirectory(broken))) == ([went_on] if went_on < 4 else [])
     assert metrics(broken) == metrics(whole)
     assert (broken / "adapter" / "adapter_model.safetensors").read_bytes() == (whole / "adapter" / "adapter_model.safetensors").read_bytes()
+    told = sentences(read_facts(RunDirectory(broken)))
+    assert told[1] == f"On the way it was interrupted once: killed (and went on after step {went_on:,}). It ran to its end."
+    assert told[3].startswith("Of the pairs held out it now leans to the chosen answer in ")
+    if find_chromium() is not None:
+        opens_well(broken / "report.html", told)
+
+
+def opens_well(report: Path, told: list[str]) -> None:
+    """A real run's report in a real browser, scripts blocked: what happened, the question as text, the curves as pictures."""
+    with open_browser() as browser:
+        page = browser.new_context(viewport={"width": 390, "height": 800}, java_script_enabled=False, offline=True).new_page()
+        page.goto(report.as_uri())
+        said = page.inner_text("body")
+        assert all(sentence in said for sentence in told)
+        assert "<script>你是谁?</script>" in said
+        headings = page.locator("figcaption").all_inner_texts()
+        assert {"loss", "memory (GiB)", "tokens a second"} <= {heading.split("\n")[0] for heading in headings}
+        assert page.locator("svg.curves .dot").count() >= 2  # evaluations
+        assert page.locator("#masks .span.trained").count() >= 2  # both answers of a pair
 
 
 def test_the_reference_is_asked_once(tmp_path, monkeypatch):

@@ -345,7 +345,12 @@ def test_training_refuses_labels_that_were_not_rendered(folder, monkeypatch):
 
 
 def test_the_run_directory(folder):
-    run = trained(folder, "run", *EVAL, "--set", 'samples.prompts=["你是谁?"]', "--set", "samples.max_new_tokens=4")
+    result, run = train(folder, "run", *EVAL, "--set", 'samples.prompts=["你是谁?"]', "--set", "samples.max_new_tokens=4", "--log-json")
+    assert result.code == 0, result.err
+    said = [json.loads(line) for line in result.err.splitlines() if line.startswith("{")]  # libraries may write lines of their own
+    assert {(1, 4), (4, 4)} <= {(line["step"], line["steps"]) for line in said if line["kind"] == "step"}
+    assert [line["step"] for line in said if line["kind"] == "evaluation"] == [3, 4]
+    assert said[-1]["text"] == f"report: {run / 'report.html'}"
     names = {path.name for path in run.iterdir()} - {".lock"}
     assert names == {
         "recipe.toml",
@@ -356,6 +361,8 @@ def test_the_run_directory(folder):
         "adapter",
         "samples.jsonl",
         "curves.svg",
+        "report.html",
+        "profile.json",
         "log.txt",
     }
     assert (run / "recipe.toml").read_bytes() == folder.recipe.read_bytes()

@@ -30,9 +30,9 @@ from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
 from fastoss.data.trees import build_tree
 from fastoss.errors import FastossError, RunFailed
 from fastoss.run import cache_folder, file_lock, whole_folder
+from fastoss.terminal import Counting
 
 _UNUSED_DAYS = 30  # a cached dataset that nobody has opened for so long is removed
-_PROGRESS_S = 10.0
 _HIGH_DPO_RATE = 1e-4
 
 Progress = Callable[[str], None]
@@ -142,18 +142,16 @@ class _Build:
             self.report.notes.append(f"no sample is named for {source.source}: it is read in full")
         self.report.sources[source.source] = source_identity(source, sample=self.sample)
         self.report.notes += source_notes(source, sample=self.sample)
-        begun = spoke = time.monotonic()
+        begun, counting = time.monotonic(), Counting(self.progress)
         first = self.report.rows
         for row in read_rows(source, sample=self.sample):
             self.report.rows += 1
             said = self.judge.understood(row, source, held_out=held_out)
             if self.refusals.enough():
                 break
-            now = time.monotonic()
-            if now - spoke > _PROGRESS_S:
-                spoke = now
+            if counting.due():
                 done = self.report.rows - first
-                self.progress(f"reading {source.source}: {done:,} rows, {done / (now - begun):,.0f} a second")
+                counting.at(f"reading {source.source}: {done:,} rows, {done / (time.monotonic() - begun):,.0f} a second")
             if said is None or self.refusals.any():
                 continue  # an error is certain: the rest is read for further mistakes only
             rendered = self.judge.examples(said)

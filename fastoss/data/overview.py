@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import fastoss
 from fastoss.config import Recipe, resolved_dict
 from fastoss.data.conformance import OFFICIAL, Conformance, check_templates
 from fastoss.data.dataset import Dataset
+from fastoss.data.harmony import Example
 from fastoss.data.other_renderers import read_template
 from fastoss.data.packing import BatchRule, fill_batches
 from fastoss.data.page import page_html
@@ -25,6 +28,10 @@ from fastoss.run import write_whole
 _PAGE_EXAMPLES = 10_000
 _PAGE_CHARACTERS = 20_000_000  # of example text on one page: a browser opens that without a pause
 _BARS = 48
+_PROFILE_EXAMPLES = 4
+_PROFILE_DROPPED = 50
+_PROFILE_TEXT = 4_000  # characters of a text that a run keeps for its report
+_PROFILE_READ = 400
 
 
 def overview_lines(dataset: Dataset, recipe: Recipe) -> list[str]:
@@ -106,6 +113,54 @@ def page_data(dataset: Dataset, recipe: Recipe, recipe_path: str) -> dict[str, A
     }
 
 
+def profile_plain(dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """What a run keeps of its data for its report: counts, lengths, scripts, what was dropped, and a few examples with their masks.
+
+    channels, histogram, dropped, dropped_total, examples: as in `page_html`; an example of a pair has a `label`, texts are cut
+    lengths: {name: tokens} · packing: {tokens_per_batch, batches, fill} or None · scripts: {name: letters} of trained texts
+    """
+    with open(dataset.store.folder / "dropped.jsonl", encoding="utf-8") as file:
+        dropped = [json.loads(line) for line in itertools.islice(file, _PROFILE_DROPPED)]
+    return {
+        "max_length": recipe.model.max_length,
+        "train_on": dict(recipe.format.train_on),
+        "channels": [{"name": name, "tokens": tokens, "trained": trained} for name, tokens, trained in _kinds(dataset)],
+        "lengths": _quantiles(dataset),
+        "histogram": _histogram(dataset, recipe.model.max_length),
+        "packing": _packing(dataset, recipe),
+        "scripts": _scripts(dataset),
+        "dropped": [entry | {"excerpt": entry["excerpt"][:_PROFILE_TEXT]} for entry in dropped],
+        "dropped_total": sum(tally.count for tally in dataset.report.drops.values()),
+        "examples": list(_few_examples(dataset, pairs=recipe.method == "dpo")),
+    }
+
+
+def _few_examples(dataset: Dataset, *, pairs: bool) -> Iterator[dict[str, Any]]:
+    """Examples from the whole breadth of the data; of pairs both answers."""
+    step = 2 if pairs else 1
+    units = len(dataset.train) // step
+    wanted = min(_PROFILE_EXAMPLES if not pairs else 2, units)
+    for number in sorted({(2 * i + 1) * units // (2 * wanted) for i in range(wanted)}):
+        for place, label in zip(range(number * step, number * step + step), ("chosen", "rejected") if pairs else ("",), strict=True):
+            example = _plain_example(dataset.train[place], "train")
+            for span in example["spans"]:
+                span["cut"] = max(0, len(span["text"]) - _PROFILE_TEXT)
+                span["text"] = span["text"][:_PROFILE_TEXT]
+            yield example | {"label": label}
+
+
+def _scripts(dataset: Dataset) -> dict[str, int]:
+    """Letters by writing system in the answers of at most so many examples, spread over all; the most frequent first."""
+    found: Counter[str] = Counter()
+    count = len(dataset.train)
+    for number in sorted({i * count // _PROFILE_READ for i in range(_PROFILE_READ)} if count > _PROFILE_READ else range(count)):
+        target = dataset.train[number].conversation.messages[-1]
+        for letter in f"{target.thinking or ''}{target.content}"[:_PROFILE_TEXT]:
+            if letter.isalpha():
+                found[unicodedata.name(letter, "OTHER").split(" ", 1)[0].capitalize().replace("Cjk", "Han")] += 1
+    return dict(found.most_common())
+
+
 def _kinds(dataset: Dataset) -> list[tuple[str, int, int]]:
     """(name, tokens, trained tokens) of each channel or role that the training examples have; headers count as context."""
     return [(name, tokens, trained) for name, tokens, trained in dataset.store.meta["kinds"] if tokens]
@@ -147,23 +202,28 @@ def _listed(dataset: Dataset) -> Iterator[dict[str, Any]]:
     characters = 0
     numbered = itertools.chain(((example, "eval") for example in dataset.eval), ((example, "train") for example in dataset.train))
     for example, split in itertools.islice(numbered, _PAGE_EXAMPLES):
-        spans: list[dict[str, Any]] = [
-            {
-                "name": span.channel or span.role,
-                "trained": span.trained,
-                "weight": span.weight,
-                "tokens": span.end - span.start,
-                "text": decode(example.input_ids[span.start : span.end]),
-            }
-            for span in example.spans
-        ]
-        characters += sum(len(span["text"]) for span in spans)
+        plain = _plain_example(example, split)
+        characters += sum(len(span["text"]) for span in plain["spans"])
         if characters > _PAGE_CHARACTERS:
             return
-        yield {
-            "place": example.conversation.place,
-            "split": split,
-            "tokens": len(example),
-            "trained": example.trained_tokens,
-            "spans": spans,
+        yield plain
+
+
+def _plain_example(example: Example, split: str) -> dict[str, Any]:
+    spans: list[dict[str, Any]] = [
+        {
+            "name": span.channel or span.role,
+            "trained": span.trained,
+            "weight": span.weight,
+            "tokens": span.end - span.start,
+            "text": decode(example.input_ids[span.start : span.end]),
         }
+        for span in example.spans
+    ]
+    return {
+        "place": example.conversation.place,
+        "split": split,
+        "tokens": len(example),
+        "trained": example.trained_tokens,
+        "spans": spans,
+    }

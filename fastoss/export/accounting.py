@@ -16,6 +16,7 @@ from fastoss.export.adapter_layouts import Adapter
 from fastoss.export.base import Base
 from fastoss.export.gguf_weights import GgufWeights
 from fastoss.export.mxfp4 import bound, dequantise, quantise
+from fastoss.terminal import Counting
 
 _STRAY = 1e-3  # share of values that may be rounded to the neighbour: sums in another order tip a few over
 _LISTED = 8
@@ -76,6 +77,7 @@ def _short(value: Any) -> Any:
 
 def account(export: Base | GgufWeights, base: Base, adapter: Adapter, progress: Callable[[str], None]) -> Accounting:
     """Hold every tensor of an export against base and adapter. Problems are listed, not raised."""
+    counting = Counting(progress)
     zero = set(adapter.zero_pairs())
     result = Accounting(pairs=adapter.count(), zero_pairs=len(zero), problems=inert_groups(adapter))
     missing, more = _names(export, base)
@@ -88,8 +90,8 @@ def account(export: Base | GgufWeights, base: Base, adapter: Adapter, progress: 
             _check_matrix(result, export, base, adapter, name, None, (name, None) in zero)
         else:
             _check_same(result, export, base, name)
-        if base.layers > 8 and base.is_experts(name):
-            progress(f"weights of layer {int(name.split('.')[2]) + 1} of {base.layers} compared")
+        if base.is_experts(name):
+            counting.at(f"weights of layer {int(name.split('.')[2]) + 1} of {base.layers} compared")
     found = [check for check in result.matrices if check.problem]
     result.problems += [f"{check.name}: {check.problem}" for check in found[:_LISTED]]
     if len(found) > _LISTED:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from fastoss.export.adapter_layouts import Adapter
 from fastoss.export.base import Base
+from fastoss.terminal import Counting
 
 _LIMIT, _ALPHA = 7.0, 1.702  # gpt-oss's clamped swiglu (transformers, `GptOssExperts`)
 
@@ -77,10 +78,10 @@ def log_probabilities(
     for text in texts:
         cos, sin = rotary(states[0], torch.arange(len(text))[None])
         turns.append((cos[0], sin[0]))
+    counting = Counting(progress)
     for layer in range(weights.layers):
         states = _layer(weights, config, layer, states, turns)
-        if weights.layers > 8:
-            progress(f"layer {layer + 1} of {weights.layers}")
+        counting.at(f"layer {layer + 1} of {weights.layers}")
     scored = torch.cat([state[list(positions)] for state, positions in zip(states, wanted, strict=True)])
     scored = _norm(scored, weights.matrix("model.norm.weight"), config.rms_norm_eps)
     logits = torch.empty(len(scored), config.vocab_size)

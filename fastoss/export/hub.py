@@ -9,6 +9,7 @@ from fastoss.errors import FastossError, RunFailed
 from fastoss.export.merge import Progress
 from fastoss.export.verify import RESULT
 from fastoss.run import read_json
+from fastoss.terminal import size, working
 
 _LARGE = 5_000_000_000
 
@@ -52,12 +53,13 @@ def push(folder: Path, repo: str, progress: Progress, *, private: bool = True) -
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     progress(f"uploading {folder.name} to {repo} …")
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if total > _LARGE:
-            # Keeps its place in .cache/huggingface beside the files, so that the same command goes on after a break.
-            api.upload_large_folder(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
-        else:
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"fastoss export: {verdict['format']}")
+        with working(f"uploading {size(total)}", draw=False, tell=progress):  # in a terminal the hub's client draws bars
+            api.create_repo(repo, private=private, exist_ok=True)
+            if total > _LARGE:
+                # Keeps its place in .cache/huggingface beside the files, so that the same command goes on after a break.
+                api.upload_large_folder(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
+            else:
+                api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"fastoss export: {verdict['format']}")
     except Exception as problem:  # whatever the network or the hub raises
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         hint = "the export is whole; the same push goes on where it stopped: fastoss push"

@@ -18,6 +18,7 @@ from fastoss.export.base import COMPANIONS, Base
 from fastoss.export.mxfp4 import BLOCK, quantise
 from fastoss.export.tensors import ShardWriter, Wanted, plan_shards
 from fastoss.run import write_json, write_whole
+from fastoss.terminal import Counting
 
 Progress = Callable[[str], None]
 
@@ -160,11 +161,7 @@ def write_companions(base: Base, folder: Path, config: dict[str, Any], template:
 
 def steps(names: list[str], what: str, progress: Progress) -> Iterator[str]:
     """The names, telling now and then how far it has come."""
-    import time
-
-    told = time.monotonic()
+    counting = Counting(progress)
     for number, name in enumerate(names, 1):
         yield name
-        if time.monotonic() - told > 10 or number == len(names):
-            told = time.monotonic()
-            progress(f"{what} {number:,} of {len(names):,} tensors")
+        counting.at(f"{what} {number:,} of {len(names):,} tensors", last=number == len(names))

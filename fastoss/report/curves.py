@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from fastoss.report.drawing import BLUE, BROWN, GREEN, INK, ORANGE, PINK, Mark, Panel, Series, drawn, to_svg
+from fastoss.report.drawing import BLUE, BROWN, GREEN, INK, ORANGE, PINK, Mark, Panel, Series, drawn, to_png, to_svg
 from fastoss.run import RunDirectory, read_json, write_whole
 
 Entry = dict[str, Any]  # a line of metrics.jsonl
@@ -17,13 +17,15 @@ _CHANNELS = (("analysis", "loss_analysis", GREEN), ("commentary", "loss_commenta
 _ONE = "train"  # a panel of one metric: the line is called train, and the dotted one held-out
 
 
-def write_curves(run: RunDirectory) -> Path:
-    """Draw what `metrics.jsonl` holds so far into `curves.svg` of the run directory, whole or not at all."""
+def write_curves(run: RunDirectory, *, png: bool = False) -> Path:
+    """Draw what `metrics.jsonl` holds so far into `curves.svg` of the run directory, whole or not at all; with `png` into `curves.png` as well."""
     entries = read_metrics(run)
     resumed = resumed_after(run, entries)
     marks = [Mark(step + 0.5, INK) for step in resumed] + [Mark(entry["step"], ORANGE) for entry in entries if "failed" in entry]
     with drawn(heading(run, entries), panels_of(entries, resumed), marks, columns=3) as figure:
         picture = to_svg(figure, f"Curves of the run {run.root.name}")
+        if png:
+            write_whole(run.curves_png, to_png(figure))
     write_whole(run.curves, picture)
     return run.curves
 
@@ -68,6 +70,9 @@ def panels_of(entries: Sequence[Entry], resumed: Sequence[int] = ()) -> list[Pan
     measured = speeds(entries, resumed)
     if measured:
         panels.append(Panel("tokens a second", [Series(_ONE, measured, BLUE)], limits=(0, 1.1 * max(speed for _, speed in measured))))
+    memory = [Series(label, _gib(entries, key), colour) for label, key, colour in (("in use", "memory", BLUE), ("peak", "memory_peak", ORANGE))]
+    panels.append(Panel("memory (GiB)", [line for line in memory if line.points], zero=True))
+    panels.append(_panel(entries, "fill: share of a batch that is tokens", (_ONE, "fill", BLUE), limits=(0, 1.05)))
     return [panel for panel in panels if panel.series]
 
 
@@ -85,9 +90,19 @@ def _points(entries: Sequence[Entry], key: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
 
 
+def _gib(entries: Sequence[Entry], key: str) -> list[tuple[float, float]]:
+    return [(step, value / 2**30) for step, value in _points(entries, key)]
+
+
 def speeds(entries: Sequence[Entry], resumed: Sequence[int] = ()) -> list[tuple[float, float]]:
-    """Tokens a second of each step but the first after a start; the pause for an evaluation or a checkpoint counts with the step after it."""
+    """Tokens a second of each step but the first after a start.
+
+    Of records from before a step's own speed was kept, the pause for an evaluation or a checkpoint counts with the step after it.
+    """
     steps = [entry for entry in entries if "seconds" in entry]
+    if any("tokens_per_second" in entry for entry in steps):
+        kept = [entry for earlier, entry in pairwise(steps) if earlier["step"] not in resumed]
+        return [(entry["step"], entry["tokens_per_second"]) for entry in kept if "tokens_per_second" in entry]
     return [
         (later["step"], (later["num_tokens"] - earlier["num_tokens"]) / (later["seconds"] - earlier["seconds"]))
         for earlier, later in pairwise(steps)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fastoss.config import CHANNELS
+from fastoss.training.memory import memory_in_use
 from fastoss.training.progress import duration
 from fastoss.training.scheduled import Training
 
@@ -26,6 +27,7 @@ class Cadence(TrainerCallback):
         self.training = training
         self.started = 0.0
         self.first_step = 0
+        self.step_took = [0.0, 0.0]  # when the step began and ended: what lies between steps is no training
         self.last = (0.0, 0)  # (time, tokens) at the last line
         lengths = training.train.lengths
         sizes = (sum(lengths[i] for i in members) for members in training.schedule.batches)
@@ -35,7 +37,11 @@ class Cadence(TrainerCallback):
         self.started = time.monotonic()
         self.first_step = state.global_step
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_took[0] = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_took[1] = time.monotonic()
         training, step = self.training, state.global_step
         last = step == training.total_steps
         has_eval = bool(training.eval_batches)
@@ -44,6 +50,10 @@ class Cadence(TrainerCallback):
         stopping = training.stop.agreed(args.device)
         control.should_save = last or stopping or self._is_save_step(step)
         control.should_training_stop = last or stopping
+
+    def _tokens_after(self, step: int) -> int:
+        """Tokens of the run's first `step` steps, over all ranks, without fillers."""
+        return self.tokens[min(step * self.training.batches_per_step, len(self.tokens) - 1 - self.training.schedule.fillers)]
 
     def _is_save_step(self, step: int) -> bool:
         every = self.training.recipe.checkpoint.every
@@ -58,20 +68,28 @@ class Cadence(TrainerCallback):
         training, step = self.training, state.global_step
         if "eval_loss" in logs:
             training.metrics.write(step, {key: logs[key] for name in _LOGGED if (key := f"eval_{name}") in logs})
-            training.console.say(f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}")
+            said = f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}"
+            training.console.say(said, "evaluation", step=step, steps=training.total_steps, eval_loss=logs["eval_loss"])
             return
         now = time.monotonic()
         seconds_a_step = (now - self.started) / max(1, step - self.first_step)
         values: dict[str, Any] = {key: logs[key] for key in _LOGGED if key in logs}
-        tokens = self.tokens[min(step * training.batches_per_step, len(self.tokens) - 1 - training.schedule.fillers)]
-        values["num_tokens"] = tokens
-        training.metrics.write(step, values | {"epoch": state.epoch, "seconds": round(now - self.started, 3)})
+        tokens = self._tokens_after(step)
+        values |= {"num_tokens": tokens, "fill": round(training.fill(step), 4), "epoch": state.epoch, "seconds": round(now - self.started, 3)}
+        begun, ended = self.step_took
+        if ended > begun:
+            values["tokens_per_second"] = round((tokens - self._tokens_after(step - 1)) / (ended - begun), 1)
+        training.metrics.write(step, values | memory_in_use())
         quiet_for = now - (self.last[0] or self.started)
         due = step % training.recipe.log.every == 0 or step in (self.first_step + 1, training.total_steps) or quiet_for > _PATIENCE_S
         speed = (tokens - self.last[1]) / (now - self.last[0]) if self.last[0] else 0.0
         pace = f"{speed:,.0f} tok/s  " if speed > 0 else ""
-        left = duration(seconds_a_step * (training.total_steps - step))
-        line = f"step {step:,}/{training.total_steps:,}  epoch {state.epoch:.2f}  loss {logs.get('loss', float('nan')):.4f}  {pace}{left} left"
-        training.console.live(line, keep=due)
+        left = seconds_a_step * (training.total_steps - step)
+        line = (
+            f"step {step:,}/{training.total_steps:,}  epoch {state.epoch:.2f}  loss {logs.get('loss', float('nan')):.4f}  {pace}{duration(left)} left"
+        )
+        known: dict[str, Any] = {key: values[key] for key in ("epoch", "loss", "tokens_per_second") if key in values}
+        told: dict[str, Any] = {"step": step, "steps": training.total_steps, **known, "seconds_left": round(left, 1)}
+        training.console.live(line, keep=due, kind="step", **told)
         if due:
             self.last = (now, tokens)

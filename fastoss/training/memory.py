@@ -28,6 +28,19 @@ def memory_line() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at the peak"  # ru_maxrss is in KiB on Linux
 
 
+def memory_in_use() -> dict[str, int]:
+    """Bytes in use now and at the peak so far: of the card where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return {"memory": torch.cuda.memory_allocated(), "memory_peak": torch.cuda.max_memory_allocated()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            now = int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not on Linux
+        now = peak
+    return {"memory": now, "memory_peak": peak}
+
+
 def free_memory() -> None:
     """Give back what a failed step left behind."""
     gc.collect()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from fastoss import terminal
 from fastoss.report.curves import write_curves
 from fastoss.run import RunDirectory, write_whole
+from fastoss.terminal import duration as duration
 
 
 def rank() -> int:
@@ -28,13 +29,12 @@ class Console:
         self.quiet = quiet or rank() != 0
         self.log: Path | None = None
         self._waiting: list[str] = []  # said before the run directory was there
-        self._live = False
 
-    def say(self, text: str = "") -> None:
+    def say(self, text: str = "", kind: str = "", **fields: Any) -> None:
+        """A line that stays, on the screen and in the log; `fields` are for --log-json alone."""
         if self.quiet:
             return
-        self._end_live()
-        print(text, file=sys.stderr, flush=True)
+        terminal.say(text, kind, **fields)
         self._keep(text)
 
     def shout(self, text: str) -> None:
@@ -42,17 +42,13 @@ class Console:
         if rank() == 0:
             self.say(text)
         else:
-            print(f"process {rank()}: {text}", file=sys.stderr, flush=True)
+            terminal.say(f"process {rank()}: {text}")
 
-    def live(self, text: str, *, keep: bool) -> None:
+    def live(self, text: str, *, keep: bool, kind: str = "progress", **fields: Any) -> None:
         """A line that the next one replaces, in a terminal; elsewhere only lines to keep are written."""
         if self.quiet:
             return
-        if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-            self._live = True
-        elif keep:
-            print(text, file=sys.stderr, flush=True)
+        terminal.live(text, kind, keep=keep, **fields)
         if keep:
             self._keep(text)
 
@@ -73,13 +69,8 @@ class Console:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.writelines(f"{stamp}  {line}\n" for line in text.splitlines() or [""])
         except OSError as problem:  # what a person reads must not end what was trained
-            print(f"note: {self.log} cannot be written ({problem.strerror}): no more lines go there", file=sys.stderr, flush=True)
+            terminal.say(f"note: {self.log} cannot be written ({problem.strerror}): no more lines go there")
             self.log, self._waiting = None, []
-
-    def _end_live(self) -> None:
-        if self._live:
-            print(file=sys.stderr)
-            self._live = False
 
 
 class MetricsFile:
@@ -110,16 +101,6 @@ class MetricsFile:
         if rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-
-
-def duration(seconds: float) -> str:
-    """`7s`, `2m05s`, `3h10m`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 def draw_curves(run: RunDirectory, console: Console) -> None:

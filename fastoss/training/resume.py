@@ -87,6 +87,8 @@ def opened(
             "run_id": before.get("run_id") or secrets.token_hex(8),  # by which trackers know a run that goes on
             "started": [*before.get("started", []), time.strftime("%Y-%m-%dT%H:%M:%S%z")],
             "resumed_after_step": [*before.get("resumed_after_step", []), *([checkpoint_step(checkpoint)] if checkpoint else [])],
+            "ends": before.get("ends", []),  # of the starts above; one that was killed has none
+            "checkpoints": before.get("checkpoints", []),
             "changed": [*before.get("changed", []), *({"at_step": checkpoint_step(checkpoint), "what": c.line()} for c in accepted if checkpoint)],
         }
         write_json(run.manifest, facts | begun)

@@ -13,6 +13,7 @@ from fastoss.data.harmony import Completion
 from fastoss.inference.engine import Engine, Sampling
 from fastoss.model.backend import ModelPlan, ready_for_inference, ready_for_training
 from fastoss.run import RunDirectory, write_whole
+from fastoss.terminal import working
 from fastoss.training.progress import Console, rank
 
 _AT_ONCE = 16  # questions answered in one batch
@@ -53,7 +54,7 @@ class Samples:
         self.console.say(f"asking the base model {count} question{'' if count == 1 else 's'} …")
         if plan.source is None:
             self.console.say("note: the tiny base has random weights, so its replies are noise; tuned, it knows its training rows and nothing else")
-        with model.disable_adapter():
+        with model.disable_adapter(), working(f"asking {count} question{'' if count == 1 else 's'}"):
             self.before = [_plain(reply) for reply in self._answers(model, plan)]
         self._write([None] * len(self.questions))
 
@@ -61,7 +62,8 @@ class Samples:
         """Answer with the tuned model, print both beside each other, and count the answers given word for word."""
         if not self.questions:
             return
-        replies = self._answers(model, plan)
+        with working("asking the tuned model"):
+            replies = self._answers(model, plan)
         after = [_plain(reply) for reply in replies]
         self._write(after)
         for question, before, tuned in zip(self.questions, self.before, after, strict=True):

@@ -63,6 +63,15 @@ class Training:
         """Micro-batches of one optimizer step, over all ranks."""
         return self.recipe.train.gradient_accumulation_steps * world_size()
 
+    def fill(self, step: int) -> float:
+        """The share of a step's room that holds tokens: of the token budget when packed, of the rectangle when padded."""
+        real = len(self.schedule.batches) - self.schedule.fillers
+        batches = self.schedule.batches[(step - 1) * self.batches_per_step : min(step * self.batches_per_step, real)]
+        lengths = [[self.train.lengths[i] for i in members] for members in batches]
+        budget = self.recipe.train.tokens_per_batch if self.layout == "packed" else None
+        room = sum(budget or len(members) * max(members) for members in lengths)
+        return sum(map(sum, lengths)) / room if room else 0.0
+
 
 def common_arguments(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> dict[str, Any]:
     """What all of TRL's configurations are told alike."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastoss.errors import EXIT_STOPPED
+from fastoss.terminal import line_for
 from fastoss.training.progress import rank, world_size
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -49,7 +50,7 @@ class StopRequest:
 
     def _write(self, line: str) -> None:
         if rank() == 0:  # not print: a handler may interrupt one
-            os.write(sys.stderr.fileno(), f"{line}\n".encode())
+            os.write(sys.stderr.fileno(), f"{line_for(line)}\n".encode())
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was asked to stop; all of them must ask this at the same point."""

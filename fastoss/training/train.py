@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastoss import terminal
 from fastoss.config import Recipe
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
@@ -23,6 +24,7 @@ from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
 from fastoss.training.disk import check_room, disk_full
+from fastoss.training.ending import ending, keep_profile
 from fastoss.training.launch import check_gpus
 from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
 from fastoss.training.resume import opened, run_facts
@@ -33,9 +35,11 @@ from fastoss.training.watchdog import Watchdog
 
 def train(
     recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False,
-    override_resume: bool = False,
+    override_resume: bool = False, command: str | None = None,
 ) -> RunDirectory:  # fmt: skip
     """Run a recipe to its end in `run`, or go on where it stopped; `override_resume` insists on going on with another recipe or data.
+
+    `command` is what the person typed, kept for the report.
 
     Raises `FastossError` for bad input before the model loads, `RunFailed` when training fails, `Stopped` when a signal
     ended it after saving.
@@ -60,7 +64,9 @@ def train(
             return run
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
-        _train_model(recipe, run, plan, dataset, layout, units, schedule, console, trackers, start_adapter)
+        with ending(run, console):
+            keep_profile(run, dataset, recipe, command)
+            _train_model(recipe, run, plan, dataset, layout, units, schedule, console, trackers, start_adapter)
     return run
 
 
@@ -169,7 +175,8 @@ def _train_model(
     watchdog.stage("loading the model")
     watchdog.start()
     console.say(f"loading {plan.source or 'the tiny model'} …")
-    model = load_model(recipe.model, plan)
+    with terminal.working("loading the model", draw=plan.source is None, tell=console.say):  # libraries draw bars for a checkpoint
+        model = load_model(recipe.model, plan)
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
