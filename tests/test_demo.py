@@ -195,7 +195,7 @@ def test_nothing_but_the_login_without_a_login(guarded):
         assert page.status_code == 200
         assert f"'nonce-{page.text.split('nonce=')[1].split(chr(34))[1]}'" in page.headers["content-security-policy"]
         assert "unsafe-eval" not in page.headers["content-security-policy"]
-        for name, value in (("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN"), ("referrer-policy", "no-referrer")):
+        for name, value in (("x-content-type-options", "nosniff"), ("x-frame-options", "SAMEORIGIN"), ("referrer-policy", "same-origin")):
             assert page.headers.get_list(name) == [value]
         report = client.get("/demo/report")
         assert report.headers["content-security-policy"].startswith("sandbox;")
@@ -287,14 +287,23 @@ def test_limits_are_said_before_anything_is_counted(served, monkeypatch):
     assert "The question cannot be asked: the text holds the control token" in visitor.ask("a <|end|> b")
     assert "The question is empty." in visitor.ask("  ")
     assert visitor.join("send", ["half a character: \ud800", "tuned", "as trained", "as trained", 0, 48, ""]).status_code == 400
-    made_up = visitor.call("send", ["Hi", "root", "as trained", "as trained", 0, 48, ""])
-    assert "The settings are none that the page offers" in made_up
-    assert "is no language" in visitor.call("send", ["Hi", "tuned", "Klingon", "as trained", 0, 48, ""])
+    for mode, language, effort in (("root", "as trained", "low"), ("tuned", "Klingon", "low"), ("tuned", "German", "most")):
+        assert '"success": false' in visitor.call("send", ["Hi", mode, language, effort, 0, 48, ""])  # Gradio knows the choices
+    assert "the settings are none" in str(_refusal("tuned", "German", "low", -1.0, 48, ""))
+    assert "the settings are none" in str(_refusal("tuned", "German", "low", 0.0, 0, ""))
     assert rendered == []
     with pytest.raises(FastossError, match="20,000 tokens, 16,384 are allowed"):
         Limits().check_prompt(20_000)
     with pytest.raises(FastossError, match="50 turns"):
         Limits().check_length(50)
+
+
+def _refusal(*settings) -> FastossError:
+    from fastoss.demo.page import asking_of
+
+    with pytest.raises(FastossError) as refused:
+        asking_of(*settings)
+    return refused.value
 
 
 # -- many at once

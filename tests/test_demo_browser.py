@@ -68,6 +68,11 @@ def choose(opened, element: str, name: str) -> None:
     opened.locator(f"#{element} label", has_text=name).filter(has=opened.locator(f'input[value="{name}"]')).click()
 
 
+def language(opened, name: str) -> None:
+    opened.click("#language input")
+    opened.click(f'#language [role=option][aria-label="{name}"]')
+
+
 def set_tokens(opened, tokens: int) -> None:
     if not opened.locator("#longest input[type=number]").is_visible():
         opened.click("#more button")
@@ -96,17 +101,13 @@ def test_a_visit(browser, served, votes, tmp_path):
         assert opened.inner_text(".reasoning") == "Name first."
         assert "tokens in" in opened.inner_text(".foot")
 
-        opened.click("#language input")
-        opened.keyboard.type("German")
-        opened.keyboard.press("Enter")
+        language(opened, "German")
         choose(opened, "effort", "medium")
         ask_and_wait(opened, "Where do you sleep at night?", new=True)
         assert "On the warm shelf by the window" in opened.inner_text(".answer")
         assert opened.inner_text(".badge.good") == "reasoned in German ✓"
 
-        opened.click("#language input")
-        opened.keyboard.type("as trained")
-        opened.keyboard.press("Enter")
+        language(opened, "as trained")
         choose(opened, "effort", "as trained")
         choose(opened, "mode", "base | tuned")
         set_tokens(opened, 32)
@@ -132,7 +133,7 @@ def test_a_visit(browser, served, votes, tmp_path):
         saved = json.loads(Path(saving.value.path()).read_text(encoding="utf-8"))
         assert [message["content"] for message in saved["messages"]] == ["What is 2+2?", "Four, nya.", "And doubled?", "Eight!"]
         opened.click("#edit")
-        opened.wait_for_function("document.querySelector('#question textarea').value == 'And doubled?'")
+        opened.wait_for_function("() => document.querySelector('#question textarea').value == 'And doubled?'")
 
         choose(opened, "mode", "base")
         set_tokens(opened, 2000)
@@ -143,8 +144,8 @@ def test_a_visit(browser, served, votes, tmp_path):
         opened.wait_for_selector("#live .reply.stopped")
         assert time.monotonic() - begun < 20  # 2,000 tokens take minutes
         assert opened.locator("#live .reply.stopped").count() == 1
-        opened.click("text=Preferences")
-        opened.wait_for_selector(".votes >> text=1 preferences")
+        opened.get_by_role("tab", name="Preferences").click()
+        opened.wait_for_selector(".votes >> text=1 preference in")
     trained = fastoss("train", votes.with_name("preferences-dpo.toml"), "--output", tmp_path / "dpo", cwd=tmp_path)
     assert trained.code == 0, trained.err
     assert "1 row" in trained.err or "1 pair" in trained.err
@@ -224,7 +225,7 @@ def test_what_a_model_says_does_nothing(browser, tmp_path):
         assert opened.inner_text(".reasoning") == PAYLOAD
         opened.click("#up")
         opened.wait_for_selector(".badge.good")
-        opened.click("text=Preferences")
+        opened.get_by_role("tab", name="Preferences").click()
         opened.wait_for_selector(".votes")
     server.shutdown()
 

@@ -10,6 +10,7 @@
     if (summary && summary.parentElement.id) chosen.set(summary.parentElement.id, !summary.parentElement.open);
     const copy = event.target.closest("button.copy");
     if (copy) copied(copy);
+    if (event.target.closest("button.sign-out")) location.assign("logout");
     if (event.target.closest("button.theme")) dark(!document.body.classList.contains("dark"));
     if (event.target.closest("#new button, button#new")) chosen.clear();
   });

@@ -14,6 +14,7 @@ from typing import Any
 from fastoss.demo.limits import Limits
 from fastoss.errors import FastossError
 from fastoss.inference.opening import open_model
+from fastoss.report.report import write_report
 from fastoss.run import RunDirectory
 
 _EXAMPLES = ("Who are you?", "Explain in two sentences why the sky is blue.", "Write a haiku about rain.")
@@ -96,12 +97,15 @@ class Models:
                 self._free.notify_all()
 
     def report(self) -> str | None:
-        """The run's report as a page."""
+        """The run's report as a page; written anew where a run has none yet."""
         run = self.about.run
         if run is None:
             return None
         path = run.root / "report.html"
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            return (path if path.is_file() else write_report(run)).read_text(encoding="utf-8")
+        except (OSError, FastossError):
+            return None
 
     def choices(self) -> list[str]:
         """Finished runs in the folder of this one, this one first."""

@@ -44,7 +44,7 @@ class Demo:
         """Question and settings → pictures of the page while the answer comes."""
         talk = self._talk(request)
         try:
-            asking = _asking(*settings)
+            asking = asking_of(*settings)
         except FastossError as problem:
             yield self._picture(talk, note=_words(problem))
             return
@@ -54,7 +54,7 @@ class Demo:
         """The last question again, with the settings as they are now; its earlier answers are remembered for votes."""
         talk = self._talk(request)
         try:
-            asking = _asking(*settings)
+            asking = asking_of(*settings)
         except FastossError as problem:
             yield self._picture(talk, note=_words(problem))
             return
@@ -182,7 +182,7 @@ class Demo:
 
     def heading(self) -> str:
         about = self.models.about
-        out = '<a href="/logout">Sign out</a>' if self.shown.sign_out else ""
+        out = '<button type="button" class="sign-out">Sign out</button>' if self.shown.sign_out else ""
         theme = '<button type="button" class="theme" title="Light or dark">◐</button>'
         return (
             f'<header class="head"><div><h1>{_escaped(about.name)}</h1><p>{_escaped(about.line)}</p></div>'
@@ -259,7 +259,7 @@ def build(demo: Demo) -> gr.Blocks:
                     note = _html("", "note")
                     with gr.Row(elem_id="composer"):
                         box = gr.Textbox(
-                            placeholder="Ask something… (Enter sends, Shift+Enter: new line, Esc stops)", show_label=False, label="Your question",
+                            placeholder="Ask something…", show_label=False, label="Your question",
                             lines=1, max_lines=8, scale=9, container=False, autofocus=True, elem_id="question",
                         )  # fmt: skip
                         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
@@ -302,7 +302,7 @@ def build(demo: Demo) -> gr.Blocks:
 
 
 def _settings(demo: Demo, has_adapter: bool) -> list[Any]:
-    """The pickers, in the order in which `_asking` reads them."""
+    """The pickers, in the order in which `asking_of` reads them."""
     languages = [language.english_name for language in ReasoningLanguage]
     with gr.Accordion("How it answers", open=True, elem_id="how"):
         mode = gr.Radio([mode.value for mode in Mode], value=Mode.TUNED.value, label="Who answers", visible=has_adapter, elem_id="mode")
@@ -316,7 +316,7 @@ def _settings(demo: Demo, has_adapter: bool) -> list[Any]:
     return [mode, language, effort, temperature, longest, system]
 
 
-def _asking(mode: str, language: str, effort: str, temperature: float, longest: float, system: str) -> Asking:
+def asking_of(mode: str, language: str, effort: str, temperature: float, longest: float, system: str) -> Asking:
     """The pickers' values, which a browser may have made up. `FastossError` for what the page does not offer."""
     try:
         chosen = Mode(mode)

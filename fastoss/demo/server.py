@@ -119,7 +119,7 @@ def demo_app(settings: DemoSettings, users: Users | None) -> Guard:
     app: App = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), build(demo), path="/", footer_links=[], run_history=False,
         enable_monitoring=False, show_error=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=0,
-        theme=gr.themes.Base(primary_hue="blue", neutral_hue="stone", radius_size="lg", font=fonts, font_mono=mono),
+        theme=gr.themes.Base(primary_hue="blue", neutral_hue="zinc", radius_size="lg", font=fonts, font_mono=mono),
         css_paths=assets / "demo.css", head='<script src="/demo/demo.js"></script>',
     )  # fmt: skip
     return Guard(app, report=models.report, users=users, hosts=settings.hosts())

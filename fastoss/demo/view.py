@@ -107,7 +107,8 @@ def _foot(reply: Spoken, key: str) -> str:
 
 def preferences_html(rows: Sequence[dict[str, Any]], liked: int, path: Path, recipe: Path | None) -> str:
     """What visitors preferred so far, and how it is trained on."""
-    count = f"<p><b>{len(rows)}</b> preferences in <code>{_plain(str(path))}</code>, <b>{liked}</b> liked answers beside it.</p>"
+    pairs_in, liked_in = _count(len(rows), "preference"), _count(liked, "liked answer")
+    count = f"<p>{pairs_in} in <code>{_plain(str(path))}</code>, {liked_in} beside it.</p>"
     if not rows:
         how = "<p class='muted'>Ask with two answers (“base | tuned” or “tuned | tuned”) and say which you prefer.</p>"
         return _block(f'<div class="votes">{count}{how}</div>')
@@ -119,6 +120,10 @@ def preferences_html(rows: Sequence[dict[str, Any]], liked: int, path: Path, rec
         for row in reversed(rows[-_RECENT:])
     )
     return _block(f'<div class="votes">{count}{told}<h2>The latest: preferred left, the other right</h2>{pairs}</div>')
+
+
+def _count(number: int, name: str) -> str:
+    return f"<b>{number:,}</b> {name}{'' if number == 1 else 's'}"
 
 
 def markdown(text: str) -> str:
