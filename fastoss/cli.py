@@ -54,6 +54,7 @@ def train(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew instead of going on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
     override_resume: Annotated[bool, typer.Option("--override-resume", help="Go on though recipe, data or libraries have changed.")] = False,
+    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help="Try it though the plan says that it cannot fit on the card.")] = False,
 ) -> None:
     """Train a recipe; the same command again goes on where it stopped."""
     from fastoss.config import load_recipe
@@ -72,20 +73,21 @@ def train(
             typer.echo(line)
         return
     if gpus is not None and "RANK" not in os.environ:
-        _train_in_processes(resolved, run, gpus, sample)
+        _train_in_processes(resolved, run, gpus, sample, ignore_plan)
         return
     if gpus is not None and gpus != int(os.environ.get("WORLD_SIZE", "1")):
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
-    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite, override_resume=override_resume)
+    insist = {"override_resume": override_resume, "ignore_plan": ignore_plan}
+    train_recipe(resolved, recipe, run, sample=sample, resume=not no_resume, overwrite=overwrite, **insist)
 
 
-def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool) -> None:
+def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool, ignore_plan: bool) -> None:
     from fastoss.training.launch import launch
     from fastoss.training.train import check_before_launch
 
-    check_before_launch(recipe, run, gpus, sample=sample)
+    check_before_launch(recipe, run, gpus, sample=sample, ignore_plan=ignore_plan)
     raise typer.Exit(launch(sys.argv[1:], gpus, run))
 
 
@@ -97,18 +99,27 @@ def check(
     template: Annotated[
         bool, typer.Option("--template", help="Compare our rendering with the model's chat template and openai-harmony, token by token.")
     ] = False,
+    card: Annotated[
+        str | None, typer.Option("--card", metavar="NAME", help="Judge it for this card: 24GB, 4090, A100-80, H200, …; else the one found, or 24 GB.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Judge it for so many processes, one a card.")] = 1,
+    price: Annotated[float | None, typer.Option("--price", metavar="P", min=0, help="Say the cost at this price for a card and hour.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Where it does not fit: write NAME-fit.toml, a recipe that does.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
-    """Check recipe and data without loading a model."""
+    """Check recipe and data, and plan memory, disk and time, without loading a model."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
     from fastoss.data.overview import compare_templates, overview_lines, overview_plain
     from fastoss.data.sources import NotCached
+    from fastoss.training.outlook import judge, write_fitting
 
     try:
         resolved = load_recipe(recipe, set or ())
         dataset = build_dataset(resolved, sample=sample, progress=_progress)
         compared = compare_templates(dataset, resolved) if template else None
+        outlook = judge(resolved, dataset, card=card, price=price, ranks=gpus)
+        fitted = write_fitting(outlook, recipe, set or []) if fit else []
     except NotCached as missing:
         if json_:
             typer.echo(json.dumps({"recipe": str(recipe), "ok": True, "data": None, "lines": [missing.note()]}, indent=2, ensure_ascii=False))
@@ -121,11 +132,12 @@ def check(
         raise
     if json_:
         verdict = overview_plain(dataset, resolved, str(recipe)) | ({"template": compared.to_plain()} if compared else {})
+        verdict |= {"plan": outlook.to_plain()} | ({"fit": fitted} if fit else {})
         typer.echo(json.dumps(verdict, indent=2, ensure_ascii=False))
         return
-    for line in [*overview_lines(dataset, resolved), *(compared.lines() if compared else [])]:
+    for line in [*overview_lines(dataset, resolved), *outlook.lines(), *fitted, *(compared.lines() if compared else [])]:
         typer.echo(line)
-    typer.echo(f"{recipe} is fine")
+    typer.echo(f"{recipe} is fine" if outlook.plan.fits else f"{recipe} is fine, but for memory")
 
 
 def _progress(line: str) -> None:

@@ -161,6 +161,10 @@ class RunDirectory:
         return self.root / "log.txt"
 
     @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 
@@ -209,7 +213,7 @@ class RunDirectory:
     def _files(self) -> tuple[Path, ...]:
         """The resolved recipe comes last: while it is there, the folder is known as a run."""
         evaluated = self.evaluation, self.evaluation_replies
-        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.curves, *evaluated, self.resolved_recipe
+        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.curves, self.plan, *evaluated, self.resolved_recipe
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

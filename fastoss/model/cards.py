@@ -60,7 +60,17 @@ CARDS: dict[str, Card] = {
         _card("B200", 178.4, 2250, 8.0),
     )
 }
-_OTHER_NAMES = {"rtx3090": "3090", "rtx4090": "4090", "rtx5090": "5090", "a100": "a100-80", "rtx6000ada": "rtx-6000-ada", "h10080": "h100", "a10080": "a100-80", "a10040": "a100-40", "v100": "v100-32"}
+_OTHER_NAMES = {
+    "rtx3090": "3090",
+    "rtx4090": "4090",
+    "rtx5090": "5090",
+    "a100": "a100-80",
+    "rtx6000ada": "rtx-6000-ada",
+    "h10080": "h100",
+    "a10080": "a100-80",
+    "a10040": "a100-40",
+    "v100": "v100-32",
+}
 DEFAULT = Card("24 GB", 24 * GIB)  # what the project promises to fit; its speed is nobody's
 
 

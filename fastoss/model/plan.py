@@ -108,7 +108,12 @@ def _held(shape: ModelShape, setting: Setting) -> dict[str, int]:
 
 def _shards(setting: Setting, what: Literal["weights", "gradients", "optimizer"]) -> int:
     """Over how many processes a kind is spread."""
-    spread = {"ddp": (), "zero2": ("gradients", "optimizer"), "zero3": ("weights", "gradients", "optimizer"), "fsdp": ("weights", "gradients", "optimizer")}
+    spread = {
+        "ddp": (),
+        "zero2": ("gradients", "optimizer"),
+        "zero3": ("weights", "gradients", "optimizer"),
+        "fsdp": ("weights", "gradients", "optimizer"),
+    }
     return setting.ranks if what in spread[setting.strategy] else 1
 
 
@@ -137,7 +142,7 @@ def layer_bytes(shape: ModelShape, width: int) -> float:
 
 
 def kept_bytes(shape: ModelShape, width: int) -> float:
-    """Bytes a token that one layer keeps for its backward pass without recomputation: rows for the experts, gate and up, their product, q, k, v, o, norms."""
+    """Bytes a token that one layer keeps without recomputation: rows for the experts, gate and up, what becomes of them, q, k, v, o, norms."""
     experts = shape.active_experts * (2 * shape.hidden + 7 * shape.intermediate) * width
     return experts + (2 * shape.queries + 2 * shape.keys) * width + 3 * shape.hidden * FLOAT32
 

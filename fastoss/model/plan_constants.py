@@ -21,11 +21,11 @@ class Constants:
     unused: float = 0.05
     # CUDA's context, its libraries and compiled kernels: what nvidia-smi shows of a process that holds nothing.
     context: int = 600 * 2**20
-    # Share of the limit (arithmetic and traffic at the card's stated figures) that a run reaches. Unsloth publishes 3.7k to 11.5k
-    # tokens a second of bf16 LoRA on a B200, which is a fifth of it.
+    # Share of the limit (arithmetic and traffic at the card's stated figures) that a run reaches: a guess. Unsloth publishes 3.7k to 11.5k
+    # tokens a second of bf16 LoRA on a B200, a twentieth to a sixth of it, one row at a time; packed batches are fuller.
     speed: float = 0.2
     # On a processor: the tokenizer that TRL asks for, and pages of libraries touched for the first time (benchmarks/plan_cpu.py).
-    cpu_libraries: int = 400 * 2**20
+    cpu_libraries: int = 300 * 2**20
     source: str = ""
 
     @property
@@ -33,7 +33,11 @@ class Constants:
         return bool(self.source)
 
     def note(self) -> str:
-        return f"fitted to {self.source}" if self.source else "estimated, not measured: no GPU result is kept yet (benchmarks/results)"
+        return f"fitted to {self.source}" if self.source else "estimated, not measured: there is no GPU result yet"
+
+
+# What is left when nothing is wasted: no run takes less.
+IDEAL = Constants(working_set=1.0, kept=0.5, unused=0.0, context=300 * 2**20)
 
 
 @cache
