@@ -301,21 +301,28 @@ def slurm(
 
 @app.command()
 def doctor(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", show_default=False, help="A run directory; without it, this machine.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when something is broken.")] = False,
 ) -> None:
-    """Look whether everything in a run directory is there and whole."""
-    from fastoss.run import RunDirectory
-    from fastoss.training.doctor import examine_run
+    """Look what this machine has and lacks for training; or whether everything in a run directory is there and whole."""
+    if run is None:
+        from fastoss.training.machine import report
 
-    findings = examine_run(RunDirectory(run))
-    if json_:
-        typer.echo(json.dumps({"run": str(run), "findings": [finding.to_plain() for finding in findings]}, indent=2, ensure_ascii=False))
+        text, broken = report(as_json=json_)
+        typer.echo(text)
     else:
-        for finding in findings:
-            typer.echo(finding.line())
-    if strict and any(finding.state == "broken" for finding in findings):
+        from fastoss.run import RunDirectory
+        from fastoss.training.doctor import examine_run
+
+        findings = examine_run(RunDirectory(run))
+        broken = any(finding.state == "broken" for finding in findings)
+        if json_:
+            typer.echo(json.dumps({"run": str(run), "findings": [finding.to_plain() for finding in findings]}, indent=2, ensure_ascii=False))
+        else:
+            for finding in findings:
+                typer.echo(finding.line())
+    if strict and broken:
         raise typer.Exit(EXIT_RUN_FAILED)
 
 
