@@ -134,7 +134,11 @@ def exchange_lines() -> Iterator[Found]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_REDUCE_S)
     except subprocess.TimeoutExpired:
-        fix = "NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 may help; NCCL_DEBUG=INFO says more" if cards else "the machine is busy, or a firewall stops localhost"
+        fix = (
+            "NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 may help; NCCL_DEBUG=INFO says more"
+            if cards
+            else "the machine is busy, or a firewall stops localhost"
+        )
         yield name, "broken" if cards else "slow", f"no answer within {_REDUCE_S} s", fix
         return
     result = next((json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"sum"')), None)
