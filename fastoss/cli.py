@@ -107,7 +107,7 @@ def check(
     fit: Annotated[bool, typer.Option("--fit", help="Where it does not fit: write NAME-fit.toml, a recipe that does.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
-    """Check recipe and data, and plan memory, disk and time, without loading a model."""
+    """Check recipe and data and plan the run, without loading a model."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
     from fastoss.data.overview import compare_templates, overview_lines, overview_plain
@@ -301,11 +301,11 @@ def slurm(
 
 @app.command()
 def doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", show_default=False, help="A run directory; without it, this machine.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", show_default=False, help="A run directory; without it, this machine.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when something is broken.")] = False,
 ) -> None:
-    """Look what this machine has and lacks for training; or whether everything in a run directory is there and whole."""
+    """Look what this machine has and lacks, or whether a run is whole."""
     if run is None:
         from fastoss.training.machine import report
 

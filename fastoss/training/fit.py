@@ -165,7 +165,7 @@ def _needed(recipe: Recipe, model: ModelPlan, lengths: list[int], ranks: int) ->
     if recipe.train.tokens_per_batch is not None:
         tokens = min(max(recipe.train.tokens_per_batch, longest), sum(kept))
     else:
-        tokens = longest * (recipe.train.per_device_train_batch_size or 1)
+        tokens = longest * min(recipe.train.per_device_train_batch_size or 1, len(kept))
     changed = ModelPlan(model.backend, model.source, _precision(recipe, model), model.device)
     shape, setting = shape_of(recipe.model.name), setting_of(recipe, changed, ranks)
     return plan_memory(shape, setting, MicroBatch([tokens]), constants()).card_bytes
