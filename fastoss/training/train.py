@@ -198,8 +198,10 @@ def _train_model(
     watchdog.rest()
     draw_curves(run, console)
     _note_saving(run, training.writer.costs)
-    compared = note_measured(run, needs, peak_bytes=meter.peak_bytes(), seconds=time.monotonic() - begun) if rank() == 0 else ""
+    measured = partial(note_measured, run, needs, peak_bytes=meter.peak_bytes(), seconds=time.monotonic() - begun)
     if trainer.state.global_step < training.total_steps:
+        if rank() == 0:
+            measured()
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
     first = checkpoint_step(checkpoint) + 1 if checkpoint else 1
     console.say(f"trained steps {first:,} to {training.total_steps:,} in {duration(time.monotonic() - begun)}")
@@ -208,7 +210,8 @@ def _train_model(
         samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
     _save_adapter(trainer, recipe, run, plan)
     watchdog.stop()
-    console.say(compared)
+    if rank() == 0:
+        console.say(measured())
     console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}{samples.suggestion()}")
 
 
