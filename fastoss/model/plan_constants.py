@@ -26,6 +26,7 @@ class Constants:
     speed: float = 0.2
     # On a processor: the tokenizer that TRL asks for, and pages of libraries touched for the first time (benchmarks/plan_cpu.py).
     cpu_libraries: int = 300 * 2**20
+    cpu_loading: int = 480 * 2**20  # the peak while that tokenizer loads, with nothing else there
     source: str = ""
 
     @property
