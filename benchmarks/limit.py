@@ -1,21 +1,18 @@
 """The limit: how fast gpt-oss LoRA could be on a card at most, by arithmetic and by traffic. `python benchmarks/limit.py` prints it for an H200.
 
-Counted is what no code can leave out: the products of frozen weights forward and backward (no weight gradient, but for LoRA), the
-attention, the head on trained tokens, reading the weights once a pass, and an ideal traffic of activations.
+The arithmetic stands in fastoss/model/speed.py, where the plan of a run needs it too.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from random_checkpoint import GPT_OSS_20B, Shape
+from random_checkpoint import GPT_OSS_20B
 
-WINDOW = 128  # of every other layer
-# Bytes an expert's weight costs in each pass: MXFP4 is 4 bits and an eighth of a byte's scale for two; "dequantised" writes it
-# in bf16 and reads it again.
-EXPERT_BYTES = {"bf16": 2.0, "float32": 4.0, "mxfp4": 17 / 32, "mxfp4 dequantised": 17 / 32 + 4}
+from fastoss.model.speed import Work, attention_flops, flops_a_token, tokens_a_second
+
+__all__ = ["H200", "Card", "Work", "attention_flops", "flops_a_token", "tokens_a_second"]
 
 
 @dataclass(frozen=True)
@@ -27,76 +24,6 @@ class Card:
 
 
 H200 = Card(790e12, 4.3e12)  # measured by the makers of shared figures; the phase `card` measures the one at hand
-
-
-@dataclass(frozen=True)
-class Work:
-    """Documents and how they are trained. `trained` is the share of tokens that carry loss; `micro_batch` in tokens.
-
-    `head_products`: forward and gradient of the hidden states, 2 at least; 3 where logits are computed anew in the backward pass.
-    """
-
-    lengths: Sequence[int]
-    trained: float
-    micro_batch: int
-    recompute: bool
-    rank: int = 8
-    precision: str = "bf16"
-    head_products: int = 2
-
-
-def flops_a_token(shape: Shape, work: Work) -> float:
-    again = 1 if work.recompute else 0
-    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    frozen = shape.layers * (_attention_weights(shape) + shape.active_experts * _expert_weights(shape))
-    lora = shape.layers * work.rank * (2 * (shape.hidden + queries) + 2 * (shape.hidden + keys))
-    lora += shape.layers * shape.active_experts * work.rank * (shape.hidden + 2 * shape.intermediate + shape.intermediate + shape.hidden)
-    head = work.trained * work.head_products * shape.hidden * shape.vocabulary
-    # Flash attention's backward has five products where the forward has two.
-    return 2 * frozen * (2 + again) + 2 * lora * (3 + again) + 2 * head + attention_flops(shape, work.lengths) * (3.5 + again)
-
-
-def attention_flops(shape: Shape, lengths: Sequence[int]) -> float:
-    """Of the forward pass, a token, over documents of these lengths: two products with every key that is seen."""
-
-    def pairs(length: int, window: int) -> float:
-        ramp = min(length, window)
-        return ramp * (ramp + 1) / 2 + (length - ramp) * window
-
-    seen = sum(pairs(length, length) + pairs(length, WINDOW) for length in lengths) * shape.layers / 2
-    return 4 * shape.heads * shape.head_dim * seen / sum(lengths)
-
-
-def weight_bytes(shape: Shape, work: Work) -> float:
-    """Read in one micro-batch: all experts, since a micro-batch of any size reaches all of them."""
-    passes = 3 if work.recompute else 2
-    plain = 4.0 if work.precision == "float32" else 2.0
-    experts = shape.layers * shape.experts * _expert_weights(shape) * EXPERT_BYTES[work.precision]
-    return passes * (experts + plain * shape.layers * _attention_weights(shape)) + work.head_products * plain * shape.hidden * shape.vocabulary
-
-
-def activation_bytes_a_token(shape: Shape, work: Work) -> float:
-    """Written and read in bf16 if every block were one ideal kernel: rows gathered for the experts, their inner widths, and the attention's."""
-    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    experts = shape.active_experts * 2 * (4 * shape.hidden + 6 * shape.intermediate)
-    attention = 2 * (6 * shape.hidden + 4 * queries + 4 * keys)
-    return shape.layers * (experts + attention) * (4 if work.recompute else 3)  # the backward moves twice as much as the forward
-
-
-def tokens_a_second(shape: Shape, work: Work, card: Card) -> dict[str, float]:
-    """`arithmetic`: nothing but the products. `with_traffic`: and moving weights and activations, one after the other."""
-    products = flops_a_token(shape, work) / card.flops
-    traffic = (weight_bytes(shape, work) / work.micro_batch + activation_bytes_a_token(shape, work)) / card.bandwidth
-    return {"arithmetic": 1 / products, "with_traffic": 1 / (products + traffic)}
-
-
-def _attention_weights(shape: Shape) -> int:
-    """And the router."""
-    return 2 * shape.hidden * shape.head_dim * (shape.heads + shape.key_value_heads) + shape.hidden * shape.experts
-
-
-def _expert_weights(shape: Shape) -> int:
-    return 3 * shape.hidden * shape.intermediate
 
 
 def main() -> None:

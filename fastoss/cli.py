@@ -57,6 +57,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
     override_resume: Annotated[bool, typer.Option("--override-resume", help="Go on though recipe, data or libraries have changed.")] = False,
     log_json: LogJson = False,
+    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help="Try it though the plan says that it cannot fit on the card.")] = False,
 ) -> None:
     """Train a recipe; the same command again goes on where it stopped."""
     from fastoss.config import load_recipe
@@ -75,21 +76,21 @@ def train(
             typer.echo(line)
         return
     if gpus is not None and "RANK" not in os.environ:
-        _train_in_processes(resolved, run, gpus, sample)
+        _train_in_processes(resolved, run, gpus, sample, ignore_plan)
         return
     if gpus is not None and gpus != int(os.environ.get("WORLD_SIZE", "1")):
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
-    again = {"resume": not no_resume, "overwrite": overwrite, "override_resume": override_resume}
+    again = {"resume": not no_resume, "overwrite": overwrite, "override_resume": override_resume, "ignore_plan": ignore_plan}
     train_recipe(resolved, recipe, run, sample=sample, **again, command=shlex.join(["fastoss", *sys.argv[1:]]))
 
 
-def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool) -> None:
+def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool, ignore_plan: bool) -> None:
     from fastoss.training.launch import launch
     from fastoss.training.train import check_before_launch
 
-    check_before_launch(recipe, run, gpus, sample=sample)
+    check_before_launch(recipe, run, gpus, sample=sample, ignore_plan=ignore_plan)
     raise typer.Exit(launch(sys.argv[1:], gpus, run))
 
 
@@ -101,18 +102,27 @@ def check(
     template: Annotated[
         bool, typer.Option("--template", help="Compare our rendering with the model's chat template and openai-harmony, token by token.")
     ] = False,
+    card: Annotated[
+        str | None, typer.Option("--card", metavar="NAME", help="Judge it for this card: 24GB, 4090, A100-80, H200, …; else the one found, or 24 GB.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Judge it for so many processes, one a card.")] = 1,
+    price: Annotated[float | None, typer.Option("--price", metavar="P", min=0, help="Say the cost at this price for a card and hour.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Where it does not fit: write NAME-fit.toml, a recipe that does.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
-    """Check recipe and data without loading a model."""
+    """Check recipe and data and plan the run, without loading a model."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
     from fastoss.data.overview import compare_templates, overview_lines, overview_plain
     from fastoss.data.sources import NotCached
+    from fastoss.training.outlook import judge, write_fitting
 
     try:
         resolved = load_recipe(recipe, set or ())
         dataset = build_dataset(resolved, sample=sample, progress=_progress)
         compared = compare_templates(dataset, resolved) if template else None
+        outlook = judge(resolved, dataset, card=card, price=price, ranks=gpus)
+        fitted = write_fitting(outlook, recipe, set or []) if fit else []
     except NotCached as missing:
         if json_:
             typer.echo(json.dumps({"recipe": str(recipe), "ok": True, "data": None, "lines": [missing.note()]}, indent=2, ensure_ascii=False))
@@ -125,11 +135,12 @@ def check(
         raise
     if json_:
         verdict = overview_plain(dataset, resolved, str(recipe)) | ({"template": compared.to_plain()} if compared else {})
+        verdict |= {"plan": outlook.to_plain()} | ({"fit": fitted} if fit else {})
         typer.echo(json.dumps(verdict, indent=2, ensure_ascii=False))
         return
-    for line in [*overview_lines(dataset, resolved), *(compared.lines() if compared else [])]:
+    for line in [*overview_lines(dataset, resolved), *outlook.lines(), *fitted, *(compared.lines() if compared else [])]:
         typer.echo(line)
-    typer.echo(f"{recipe} is fine")
+    typer.echo(f"{recipe} is fine" if outlook.plan.fits else f"{recipe} is fine, but for memory")
 
 
 def _progress(line: str) -> None:
@@ -320,21 +331,28 @@ def report(
 
 @app.command()
 def doctor(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", show_default=False, help="A run directory; without it, this machine.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when something is broken.")] = False,
 ) -> None:
-    """Look whether everything in a run directory is there and whole."""
-    from fastoss.run import RunDirectory
-    from fastoss.training.doctor import examine_run
+    """Look what this machine has and lacks, or whether a run is whole."""
+    if run is None:
+        from fastoss.training.machine import report
 
-    findings = examine_run(RunDirectory(run))
-    if json_:
-        typer.echo(json.dumps({"run": str(run), "findings": [finding.to_plain() for finding in findings]}, indent=2, ensure_ascii=False))
+        text, broken = report(as_json=json_)
+        typer.echo(text)
     else:
-        for finding in findings:
-            typer.echo(finding.line())
-    if strict and any(finding.state == "broken" for finding in findings):
+        from fastoss.run import RunDirectory
+        from fastoss.training.doctor import examine_run
+
+        findings = examine_run(RunDirectory(run))
+        broken = any(finding.state == "broken" for finding in findings)
+        if json_:
+            typer.echo(json.dumps({"run": str(run), "findings": [finding.to_plain() for finding in findings]}, indent=2, ensure_ascii=False))
+        else:
+            for finding in findings:
+                typer.echo(finding.line())
+    if strict and broken:
         raise typer.Exit(EXIT_RUN_FAILED)
 
 

@@ -173,6 +173,10 @@ class RunDirectory:
         return self.root / "log.txt"
 
     @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 
@@ -222,7 +226,8 @@ class RunDirectory:
         """The resolved recipe comes last: while it is there, the folder is known as a run."""
         evaluated = self.evaluation, self.evaluation_replies
         pictures = self.curves, self.curves_png, self.report
-        return self.recipe, self.manifest, self.metrics, self.samples, self.log, self.profile, *pictures, *evaluated, self.resolved_recipe
+        made = self.metrics, self.samples, self.log, self.profile, self.plan, *pictures, *evaluated
+        return self.recipe, self.manifest, *made, self.resolved_recipe
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -12,9 +12,10 @@ from fastoss.data.sources import NotCached
 from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
+from fastoss.training.batches import batch_lines, plan_batches, steps_of
 from fastoss.training.checkpoint import latest_checkpoint, list_checkpoints
+from fastoss.training.outlook import judge
 from fastoss.training.resume import check_same_run, run_facts
-from fastoss.training.train import batch_lines, plan_batches, steps_of
 
 
 def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int) -> Iterator[str]:
@@ -40,6 +41,7 @@ def dry_run_lines(recipe: Recipe, run: RunDirectory, *, sample: bool, gpus: int)
         yield from dataset.report.lines()
         layout, units, schedule = plan_batches(recipe, plan, dataset, gpus)
         yield from batch_lines(recipe, layout, units, steps_of(schedule, recipe, gpus), gpus)
+        yield from judge(recipe, dataset, ranks=gpus).lines()
         yield f"run directory: {run.root} ({_state(recipe, run, run_facts(recipe, plan, dataset, layout) | {'world_size': gpus})})"
     yield ""
     yield json.dumps(resolved_dict(recipe), indent=2, ensure_ascii=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,25 @@ from fastoss import terminal
 from fastoss.config import Recipe
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.harmony import HarmonyRenderer
-from fastoss.data.packing import BatchRule, Layout, Schedule, fill_batches, plan_schedule
-from fastoss.data.store import Examples
-from fastoss.data.units import Units, pair_units, single_units, tree_units
+from fastoss.data.packing import Layout, Schedule, fill_batches
+from fastoss.data.units import Units
 from fastoss.errors import FastossError, RunFailed, Stopped
 from fastoss.model.adapter import check_adapter, write_stamp
 from fastoss.model.attention import prove_attention
 from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, model_source, plan_model, ready_for_training
+from fastoss.model.cards import Card, cards_found
 from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
+from fastoss.training.batches import batch_lines, batch_rule, eval_units, plan_batches, steps_of
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
 from fastoss.training.disk import check_room, disk_full
 from fastoss.training.ending import ending, keep_profile
+from fastoss.training.fit import check_fits
 from fastoss.training.launch import check_gpus
+from fastoss.training.measure import MemoryMeter
 from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
 from fastoss.training.resume import opened, run_facts
+from fastoss.training.run_plan import RunPlan, note_measured, plan_run, write_plan
 from fastoss.training.signals import end_with_parent
 from fastoss.training.trackers import prepare_trackers
 from fastoss.training.watchdog import Watchdog
@@ -35,9 +38,10 @@ from fastoss.training.watchdog import Watchdog
 
 def train(
     recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False,
-    override_resume: bool = False, command: str | None = None,
+    override_resume: bool = False, ignore_plan: bool = False, command: str | None = None,
 ) -> RunDirectory:  # fmt: skip
-    """Run a recipe to its end in `run`, or go on where it stopped; `override_resume` insists on going on with another recipe or data.
+    """Run a recipe to its end in `run`, or go on where it stopped; `override_resume` insists on going on with another recipe or data,
+    `ignore_plan` on trying what cannot fit on the card.
 
     `command` is what the person typed, kept for the report.
 
@@ -64,13 +68,20 @@ def train(
             return run
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
+        needs = plan_run(recipe, plan, dataset, layout, units, schedule, ranks=world_size(), card=_card(plan))
+        for line in needs.lines() if needs.card else []:
+            console.say(line)
+        check_fits(needs, recipe, ignore=ignore_plan)
+        if rank() == 0:
+            check_room(run, needs.trained, recipe.checkpoint.keep)
+            write_plan(run, needs)
         with ending(run, console):
             keep_profile(run, dataset, recipe, command)
-            _train_model(recipe, run, plan, dataset, layout, units, schedule, console, trackers, start_adapter)
+            _train_model(recipe, run, plan, needs, dataset, layout, units, schedule, console, trackers, start_adapter)
     return run
 
 
-def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, sample: bool = False) -> None:
+def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, sample: bool = False, ignore_plan: bool = False) -> None:
     """Find bad input before any process is started. Raises `FastossError`."""
     import torch
 
@@ -79,7 +90,15 @@ def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, sample:
     _check_processes(recipe, plan, gpus)
     _start_adapter(recipe, plan)
     prepare_trackers(recipe.log, run, Console(quiet=True))
-    build_dataset(recipe, sample=sample)
+    dataset = build_dataset(recipe, sample=sample)
+    if plan.device == "gpu":
+        needs = plan_run(recipe, plan, dataset, *plan_batches(recipe, plan, dataset, gpus), ranks=gpus, card=_card(plan))
+        check_fits(needs, recipe, ignore=ignore_plan)
+
+
+def _card(plan: ModelPlan) -> Card | None:
+    """The smallest card that this process may use, without setting up CUDA before Unsloth does."""
+    return min(cards_found(), key=lambda card: card.memory, default=None) if plan.device == "gpu" else None
 
 
 def _check_processes(recipe: Recipe, plan: ModelPlan, processes: int) -> None:
@@ -107,66 +126,8 @@ def _start_adapter(recipe: Recipe, plan: ModelPlan) -> Path | None:
     return folder
 
 
-def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Units, Schedule]:
-    """What is trained together, and which micro-batches the run will train on, over all ranks and epochs."""
-    rule = batch_rule(recipe)
-    units = _units(recipe, rule, dataset.train, dataset.weights)
-    if rule.tokens and max(units.lengths) > rule.tokens:
-        hint = "raise train.tokens_per_batch, or lower model.max_length"
-        raise FastossError(f"a pair of {max(units.lengths):,} tokens is longer than a batch", place="train.tokens_per_batch", hint=hint)
-    schedule = plan_schedule(
-        units.lengths,
-        rule,
-        epochs=recipe.train.num_train_epochs,
-        max_steps=recipe.train.max_steps,
-        batches_per_step=recipe.train.gradient_accumulation_steps * ranks,
-        ranks=ranks,
-        seed=recipe.train.seed,
-        weights=units.weights,
-    )
-    return rule.layout, units, schedule
-
-
-def _units(recipe: Recipe, rule: BatchRule, examples: Examples, weights: Sequence[float]) -> Units:
-    if recipe.method == "dpo":
-        return pair_units(examples, weights, trees=rule.layout == "packed")
-    if rule.layout == "packed" and rule.tokens:
-        return tree_units(examples, weights, rule.tokens)
-    return single_units(examples, weights)
-
-
-def batch_rule(recipe: Recipe) -> BatchRule:
-    """By tokens, packed; or so many rows a batch, padded, where the recipe says so."""
-    rows = recipe.train.per_device_train_batch_size
-    return BatchRule("packed", tokens=recipe.train.tokens_per_batch) if rows is None else BatchRule("padded", rows=rows)
-
-
-def steps_of(schedule: Schedule, recipe: Recipe, ranks: int) -> int:
-    """Optimizer steps of a schedule; the last may be smaller than the others."""
-    per_step = recipe.train.gradient_accumulation_steps * ranks
-    return -(-len(schedule.batches) // per_step)
-
-
-def batch_lines(recipe: Recipe, layout: Layout, units: Units, total_steps: int, ranks: int) -> list[str]:
-    """How the run is cut into steps, and what will not happen within them."""
-    train = recipe.train
-    size = f"{train.per_device_train_batch_size} rows" if train.per_device_train_batch_size else f"up to {train.tokens_per_batch:,} tokens"
-    processes = f" × {ranks} processes" if ranks > 1 else ""
-    micro = "1 micro-batch" if train.gradient_accumulation_steps == 1 else f"{train.gradient_accumulation_steps} micro-batches"
-    how = "documents packed and kept apart" if layout == "packed" else "rows padded on the right"
-    lines = [f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"]
-    if units.saved:
-        lines.append(f"chats of several turns as trees, their history computed once: {100 * units.saved:.0f} % fewer tokens")
-    every = recipe.checkpoint.every
-    if every != "epoch" and every >= total_steps:
-        lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed begins anew")
-    if recipe.eval.fraction and recipe.eval.every >= total_steps:
-        lines.append(f"note: no evaluation before the end (eval.every = {recipe.eval.every})")
-    return lines
-
-
 def _train_model(
-    recipe: Recipe, run: RunDirectory, plan: ModelPlan, dataset: Dataset, layout: Layout, units: Units, schedule: Schedule,
+    recipe: Recipe, run: RunDirectory, plan: ModelPlan, needs: RunPlan, dataset: Dataset, layout: Layout, units: Units, schedule: Schedule,
     console: Console, trackers: list[str], start_adapter: Path | None,
 ) -> None:  # fmt: skip
     gpu = plan.device == "gpu"
@@ -174,16 +135,15 @@ def _train_model(
     watchdog = Watchdog(run, recipe.distributed.ddp_timeout, console.shout)
     watchdog.stage("loading the model")
     watchdog.start()
+    meter = MemoryMeter(plan, recipe.method)
     console.say(f"loading {plan.source or 'the tiny model'} …")
     with terminal.working("loading the model", draw=plan.source is None, tell=console.say):  # libraries draw bars for a checkpoint
         model = load_model(recipe.model, plan)
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
-    if rank() == 0:
-        check_room(run, counts.attention + counts.experts, recipe.checkpoint.keep)
-        if gpu:
-            _note_card(run)
+    if rank() == 0 and gpu:
+        _note_card(run)
     watchdog.stage("proving the attention kernels")
     console.say(prove_attention(model))
     for note in notes:
@@ -200,7 +160,7 @@ def _train_model(
     samples.answer_before(model, plan)
     stop = StopRequest()
     rule = batch_rule(recipe)
-    held_out = _eval_units(recipe, rule, dataset)
+    held_out = eval_units(recipe, dataset)
     training = Training(
         recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
         train=units, schedule=schedule, eval=held_out, eval_batches=fill_batches(range(len(held_out)), held_out.lengths, rule),
@@ -245,7 +205,10 @@ def _train_model(
     watchdog.rest()
     draw_curves(run, console)
     _note_saving(run, training.writer.costs)
+    measured = partial(note_measured, run, needs, peak_bytes=meter.peak_bytes(), seconds=time.monotonic() - begun)
     if trainer.state.global_step < training.total_steps:
+        if rank() == 0:
+            measured()
         raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
     first = checkpoint_step(checkpoint) + 1 if checkpoint else 1
     console.say(f"trained steps {first:,} to {training.total_steps:,} in {duration(time.monotonic() - begun)}")
@@ -254,6 +217,8 @@ def _train_model(
         samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
     _save_adapter(trainer, recipe, run, plan)
     watchdog.stop()
+    if rank() == 0:
+        console.say(measured())
     console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}{samples.suggestion()}")
 
 
@@ -298,13 +263,6 @@ def _save_adapter(trainer: Any, recipe: Recipe, run: RunDirectory, plan: ModelPl
             trainer._save(str(folder))
             write_stamp(folder, recipe.model, recipe.format, plan.backend, model_source(plan))
         shutil.rmtree(run.checkpoints / ".writing", ignore_errors=True)
-
-
-def _eval_units(recipe: Recipe, rule: BatchRule, dataset: Dataset) -> Units:
-    weights = [1.0] * len(dataset.eval)
-    if recipe.method == "dpo":
-        return pair_units(dataset.eval, weights, trees=rule.layout == "packed")
-    return single_units(dataset.eval, weights)
 
 
 def _printer() -> type:
