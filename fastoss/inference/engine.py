@@ -7,24 +7,23 @@ ask one engine: they are answered one after the other, in the order in which the
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from fastoss.config import FormatSettings, ModelConfig
 from fastoss.data.conversation import Message, Tool
-from fastoss.data.harmony import Completion, CompletionParser, Delta, HarmonyRenderer, parse_completion
+from fastoss.data.harmony import Completion, HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
-from fastoss.errors import FastossError, RunFailed
+from fastoss.errors import FastossError
 from fastoss.inference.prefix_cache import PrefixCaches
 from fastoss.inference.reply import Answer, Reply, finish_reason
 from fastoss.inference.sampling import Question, ReasoningLanguage
 from fastoss.inference.sampling import Sampling as Sampling
+from fastoss.inference.streaming import Tell, streamed
 from fastoss.inference.turns import Turns
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.model.backend import has_gpu, load_model, model_source, plan_model, ready_for_inference
@@ -108,7 +107,9 @@ class Engine:
         question = Question(tuple(messages), reasoning_effort, language, tools, current_date)
         prompt = self.prompt_ids(question)
         chosen = sampling or Sampling()
-        return Reply(lambda reply: self._deltas(reply, prompt, chosen, tuned), len(prompt))
+        return Reply(
+            lambda reply: streamed(reply, self.turns, lambda tell: self._generate(reply, prompt, chosen, tuned, tell)), len(prompt)
+        )  # fmt: skip
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
         """Answer several chats in one batch, in order. Their `seconds` are the batch's."""
@@ -155,53 +156,7 @@ class Engine:
             output = self.model.generate(input_ids=ids, attention_mask=mask, **sampling.generate_arguments())
         return [_until_stop(row) for row in output[:, width:].tolist()]
 
-    def _deltas(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool) -> Generator[Delta, None, None]:
-        parser = CompletionParser()
-        reply.problems = parser.problems
-        with contextlib.closing(self._sample(reply, prompt, sampling, tuned)) as tokens:
-            for token in tokens:
-                reply.count()
-                delta = parser.feed(token)
-                reply.stop = parser.stop
-                if delta is not None:
-                    yield delta
-        if parser.stop is None:
-            delta = parser.close()
-            if delta is not None:
-                yield delta
-
-    def _sample(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool) -> Generator[int, None, None]:
-        """Token ids as `generate` chooses them, in a thread of its own; the generator's end ends the thread.
-
-        The thread has the model's turn, not whoever reads: a slow reader does not keep others waiting.
-        """
-        said: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        cancelled = reply.cancelled
-
-        def run() -> None:
-            try:
-                with self.turns.turn(cancelled) as ours:
-                    reply.waited_seconds = reply.elapsed()
-                    if ours and not cancelled.is_set():
-                        self._generate(reply, prompt, sampling, tuned, said, cancelled)
-                said.put(None)
-            except BaseException as problem:  # handed to the reader's thread, which raises it
-                said.put(problem)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            while (item := said.get()) is not None:
-                if isinstance(item, FastossError):
-                    raise item
-                if isinstance(item, BaseException):
-                    raise RunFailed(f"generation failed: {item}") from item
-                yield item
-        finally:
-            cancelled.set()
-            thread.join()
-
-    def _generate(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool, said: SimpleQueue[Any], cancelled: threading.Event) -> None:
+    def _generate(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool, tell: Tell) -> None:
         ids = torch.tensor([prompt], device=self.model.device)
         sampled: list[int] = []
 
@@ -213,14 +168,14 @@ class Engine:
             def put(self, value: torch.Tensor) -> None:
                 if self.prompt_seen:
                     sampled.append(int(value.flatten()[0]))
-                    said.put(sampled[-1])
+                    tell(sampled[-1:], 1)
                 self.prompt_seen = True
 
             def end(self) -> None:
                 pass
 
         def cancel(*_: Any) -> torch.Tensor:
-            return torch.full((1,), cancelled.is_set(), dtype=torch.bool, device=ids.device)
+            return torch.full((1,), reply.cancelled.is_set(), dtype=torch.bool, device=ids.device)
 
         arguments = sampling.generate_arguments()
         cache = None
