@@ -14,6 +14,7 @@ from fastoss.data.dataset import build_dataset
 from fastoss.data.prompts import read_asked
 from fastoss.errors import FastossError
 from fastoss.inference.endpoint import is_endpoint
+from fastoss.inference.gguf import is_gguf
 from fastoss.inference.measures import REPLY_MEASURES, Interval, Measure, Values, bleu, difference, interval, measure_reply, ratio
 from fastoss.inference.reply import Answer
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling, asked_language
@@ -51,6 +52,9 @@ def evaluate(
     if is_endpoint(name):
         hint = "answer the file with `fastoss generate`, or evaluate the run itself"
         raise FastossError("a server says no losses and has no base beside it", place=name, hint=hint)
+    if is_gguf(name):
+        hint = "evaluate the run it was made from; `fastoss verify` compares the file with it"
+        raise FastossError("llama.cpp says no losses of a GGUF file, and has no base beside it", place=name, hint=hint)
     run = RunDirectory(Path(name).expanduser())
     recipe = recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)) if run.exists() else None
     folder = _folder(output, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ class GgufEngine:
         self.server = server
         self.renderer = HarmonyRenderer(format)
         self.turns = Turns(waiting, CHATS)
+        self._end: Callable[[], Any] = lambda: None
         self.context_length = int(server.get("/props")["default_generation_settings"]["n_ctx"])
 
     @classmethod
@@ -64,11 +65,12 @@ class GgufEngine:
         except BaseException:
             stack.close()
             raise
-        engine.close = weakref.finalize(engine, stack.close)  # type: ignore[method-assign]
+        engine._end = weakref.finalize(engine, stack.close)
         return engine
 
     def close(self) -> None:
         """End llama.cpp; it ends with this process as well."""
+        self._end()
 
     def prompt_ids(self, question: Question) -> list[int]:
         """As `Engine.prompt_ids`."""
@@ -93,7 +95,7 @@ class GgufEngine:
         if not tuned:
             raise FastossError("a GGUF file holds tuned weights: there is no adapter to switch off", place="tuned=False", hint="ask the run")
         prompt = self.prompt_ids(Question(tuple(messages), reasoning_effort, language, tools, current_date))
-        asking = _Asking(self.server, prompt, sampling or Sampling())
+        asking = _Asking(self.server, prompt, sampling or Sampling(), self.context_length)
         return Reply(lambda reply: streamed(reply, self.turns, lambda tell: asking.sample(reply, tell), asking.cut), len(prompt))
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
@@ -120,9 +122,9 @@ class GgufEngine:
 class _Asking:
     """One request, from its first token to its last."""
 
-    def __init__(self, server: LlamaServer, prompt: list[int], sampling: Sampling):
+    def __init__(self, server: LlamaServer, prompt: list[int], sampling: Sampling, context: int):
         self.server = server
-        self.body = {"prompt": prompt, "stream": True, "return_tokens": True, "cache_prompt": True} | _arguments(sampling)
+        self.body = {"prompt": prompt, "stream": True, "return_tokens": True, "cache_prompt": True} | _arguments(sampling, context)
         self.stream: Stream | None = None
 
     def cut(self) -> None:
@@ -141,19 +143,21 @@ class _Asking:
                 if sampled > counted:  # cut off within a character
                     tell([_one_byte(0xF0)], sampled - counted)
                 return
-            # While a character is incomplete llama.cpp keeps its tokens back, and then says the last of them with the whole text.
-            told, text = list(event["tokens"]), event["content"].encode()
+            told: list[int] = event["tokens"]
             if sampled - counted > len(told):
-                told = [_one_byte(byte) for byte in text]
+                # While a character is incomplete llama.cpp keeps its tokens back, and then says the last of them with the whole text.
+                last = told[-1:] if told and told[-1] in SPECIAL else []
+                text = event["content"].removesuffix(SPECIAL[last[0]] if last else "")
+                told = [*map(_one_byte, text.encode()), *last]
             tell(told, sampled - counted)
             counted = sampled
 
 
-def _arguments(sampling: Sampling) -> dict[str, Any]:
+def _arguments(sampling: Sampling, context: int) -> dict[str, Any]:
     """Our settings in llama.cpp's words, samplers in transformers' order. All are named: it has defaults of its own (top-k 40, min-p 0.05)."""
     chosen: dict[str, Any] = {
         "n_predict": sampling.max_new_tokens, "temperature": sampling.temperature, "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1, "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": 0.0, "typical_p": 1.0,
+        "repeat_last_n": context, "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": 0.0, "typical_p": 1.0,
         "samplers": ["penalties", "temperature", "top_k", "top_p"],
     }  # fmt: skip
     if sampling.temperature == 0:

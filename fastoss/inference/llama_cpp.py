@@ -95,6 +95,7 @@ class Stream:
         self._cut = False
         try:
             self.connection.request("POST", route, json.dumps(content), {"Content-Type": "application/json"})
+            self._socket = self.connection.sock  # the connection lets go of it when an answer is to be the last
         except OSError as problem:
             raise self._broken(problem) from None
 
@@ -120,8 +121,8 @@ class Stream:
     def cut(self) -> None:
         """End it from another thread: llama.cpp sees that nobody listens, and stops within a token."""
         self._cut = True
-        with contextlib.suppress(OSError, AttributeError):  # it has ended already
-            self.connection.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it has ended already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _broken(self, problem: Exception) -> RunFailed:
         return RunFailed(f"llama.cpp broke off: {problem}", place=str(self.server.path))
