@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastoss.config import FormatSettings, ModelConfig
+from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Message, Tool
 from fastoss.data.harmony import Completion, HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
@@ -28,7 +28,7 @@ from fastoss.inference.turns import Turns
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.model.backend import has_gpu, load_model, model_source, plan_model, ready_for_inference
 from fastoss.model.checkpoint_source import checkpoint_source, native_precision
-from fastoss.model.lora import adapter_folder
+from fastoss.model.lora import adapter_folder, load_adapter_weights
 
 
 class Engine:
@@ -43,6 +43,7 @@ class Engine:
         self.renderer = HarmonyRenderer(format)
         self.turns = Turns(waiting)
         self._caches = PrefixCaches() if prefix_cache else None
+        self._beside: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def load(cls, name: str) -> Engine:
@@ -135,11 +136,40 @@ class Engine:
         asked = [Question(tuple(chat), effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
         return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
 
+    def put_beside(self, adapter: Path, settings: LoraSettings) -> None:
+        """From now on `tuned=False` asks with this adapter in place of the tuned one, and no more the base: what a run has begun from.
+
+        Raises `FastossError` where it is none of these `settings`.
+        """
+        own = {name: weight.detach().clone() for name, weight in self._adapter_weights().items()}
+        load_adapter_weights(self.model, adapter, settings)
+        self._beside = {name: weight.detach().clone() for name, weight in self._adapter_weights().items()}
+        for name, weight in self._adapter_weights().items():
+            weight.data.copy_(own[name])
+        if self._caches is not None:
+            self._caches.clear()
+
     @contextlib.contextmanager
     def switched(self, tuned: bool) -> Iterator[None]:
-        """Within it the model is the tuned one, or the base. Only for whoever has the turn."""
-        with contextlib.nullcontext() if tuned or not self.has_adapter else self.model.disable_adapter():
+        """Within it the model is the tuned one, or the base (or what was put beside). Only for whoever has the turn."""
+        if tuned or not self.has_adapter:
             yield
+        elif self._beside is None:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self._swap(self._beside)
+            try:
+                yield
+            finally:
+                self._swap(self._beside)
+
+    def _swap(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in self._adapter_weights().items():
+            weight.data, weights[name] = weights[name], weight.data
+
+    def _adapter_weights(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if ".lora_" in name}
 
     def _check_base(self, tuned: bool) -> None:
         if not tuned and not self.has_adapter:

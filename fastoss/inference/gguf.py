@@ -124,7 +124,7 @@ class _Asking:
 
     def __init__(self, server: LlamaServer, prompt: list[int], sampling: Sampling, context: int):
         self.server = server
-        self.body = {"prompt": prompt, "stream": True, "return_tokens": True, "cache_prompt": True} | _arguments(sampling, context)
+        self.body = {"prompt": prompt, "stream": True, "return_tokens": True} | _arguments(sampling, context)
         self.stream: Stream | None = None
 
     def cut(self) -> None:
@@ -162,7 +162,10 @@ def _arguments(sampling: Sampling, context: int) -> dict[str, Any]:
     }  # fmt: skip
     if sampling.temperature == 0:
         chosen |= {"top_k": 0, "top_p": 1.0}
-    return chosen | ({} if sampling.seed is None else {"seed": sampling.seed % (2**32 - 1)})
+    if sampling.seed is not None:
+        # Kept keys and values were computed in other batches and differ in the last bit, by which chance falls otherwise.
+        chosen |= {"seed": sampling.seed % (2**32 - 1), "cache_prompt": sampling.temperature == 0}
+    return chosen
 
 
 def _one_byte(byte: int) -> int:
