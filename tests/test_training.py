@@ -453,7 +453,18 @@ def test_trees_give_the_losses_of_single_examples(folder):
 
 def test_replies_to_held_out_rows_change_nothing_and_survive_a_kill(folder):
     """Losses to the bit with and without them; a resumed run has each step's replies once, as an unbroken one."""
-    asked = ("--set", "eval.replies=3", "--set", "samples.max_new_tokens=6", "--set", "checkpoint.every=2", "--set", "lora.lora_dropout=0.1", "--set", 'lora.targets=["attention"]')
+    asked = (
+        "--set",
+        "eval.replies=3",
+        "--set",
+        "samples.max_new_tokens=6",
+        "--set",
+        "checkpoint.every=2",
+        "--set",
+        "lora.lora_dropout=0.1",
+        "--set",
+        'lora.targets=["attention"]',
+    )
     settings = ("--set", "eval.fraction=0.3", "--set", "eval.every=1", "--set", "train.max_steps=3")
     without = trained(folder, "without", *settings, *asked[4:])
     whole = trained(folder, "whole", *settings, *asked)

@@ -87,7 +87,7 @@ def _before(engine: Any, recipe: Recipe | None, say: Say) -> str:
     try:
         engine.put_beside(adapter_folder(recipe.model.adapter), recipe.lora)
     except FastossError as problem:
-        say(f"note: the adapter that the run began from is not there any more ({problem.place}): the base stands beside it")
+        say(f"note: of the adapter that the run began from, {problem.place}: {problem.fact}; the base stands beside it")
         return "base"
     say(f"beside it: {recipe.model.adapter}, from which the run began")
     return "start"
