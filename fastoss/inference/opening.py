@@ -1,4 +1,4 @@
-"""MODEL → whatever answers: a run, an adapter or a model is loaded, a GGUF file given to llama.cpp, an address asked. Commands open their MODEL here."""
+"""MODEL → whatever answers: a model is loaded, a GGUF file given to llama.cpp, a server asked. Commands open their MODEL here."""
 
 from __future__ import annotations
 
