@@ -25,7 +25,7 @@ def main() -> None:
     parameters.use_jinja = True
     parameters.cpuparams.n_threads = threads
     parameters.cpuparams_batch.n_threads = threads
-    parameters.n_threads_http = 2
+    parameters.n_threads_http = chats + 2  # a reply that streams keeps one
     server = xllamacpp.Server(parameters)
     out.write(f"{server.listening_address}\n")
     out.flush()
