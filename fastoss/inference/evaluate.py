@@ -85,7 +85,8 @@ def _before(engine: Any, recipe: Recipe | None, say: Say) -> str:
     if recipe is None or recipe.method != "dpo" or recipe.model.adapter is None or (recipe.dpo and recipe.dpo.reference == "adapter_off"):
         return "base"
     try:
-        engine.put_beside(adapter_folder(recipe.model.adapter), recipe.lora)
+        folder = adapter_folder(recipe.model.adapter)
+        engine.put_beside(folder, recipe.lora)
     except FastossError as problem:
         say(f"note: of the adapter that the run began from, {problem.place}: {problem.fact}; the base stands beside it")
         return "base"
