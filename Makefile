@@ -26,6 +26,7 @@ bench: .venv/test.done  ## benchmarks that need no GPU
 	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/dpo_cpu.py
 	$(BIN)/python benchmarks/plan_cpu.py
+	$(BIN)/python benchmarks/answers_cpu.py
 
 gpu:  ## GPU checks in phases, on a machine with a GPU and fastoss installed with its unsloth extra
 	$(PYTHON) benchmarks/gpu_checks.py

@@ -34,7 +34,9 @@ LogJson = Annotated[bool, typer.Option("--log-json", callback=_log_as_json, help
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, or http://… of a server.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, a GGUF export or file, or http://… of a server.")
+    ],
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, and end.")] = None,
     system: System = None,
     effort: WithEffort = None,
@@ -60,7 +62,9 @@ def chat(
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, or http://… of a server.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, a GGUF export or file, or http://… of a server.")
+    ],
     input: Annotated[Path, typer.Option("--input", metavar="FILE", help="Questions: any rows that can be trained, with or without answers.")],
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="Where the answers go, as JSONL in the order of the input.")],
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Answers to each question.")] = 1,
@@ -115,7 +119,7 @@ def evaluate(
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, or a model's name or folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, or a GGUF export or file.")],
     port: Annotated[int, typer.Option("--port", metavar="N", min=1, max=65535)] = 8000,
 ) -> None:
     """Answer OpenAI's clients, on this machine only (127.0.0.1).

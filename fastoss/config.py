@@ -166,6 +166,7 @@ class EvalSettings(_Section):
     )
     every: int = Field(50, ge=1, description="steps between evaluations")
     after: bool = Field(True, description="evaluate once more after the last step")
+    replies: int = Field(0, ge=0, le=1000, description="held-out rows answered at each evaluation, up to samples.max_new_tokens each; 0: none")
 
 
 class TrainSettings(_Section):

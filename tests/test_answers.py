@@ -11,6 +11,7 @@ import pytest
 
 from fastoss.config import load_recipe
 from fastoss.data.conversation import Message
+from fastoss.data.dataset import build_dataset
 from fastoss.data.harmony import Completion
 from fastoss.data.prompts import row_to_asked
 from fastoss.data.rows import BadRow, Row
@@ -24,10 +25,12 @@ from fastoss.inference.generate import Batching, generate
 from fastoss.inference.languages import language_of
 from fastoss.inference.measures import bleu, difference, interval, measure_reply, repetition, sign_test
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
+from fastoss.run import write_json
 
 from . import conftest
 from .answers import ROWS, cache_base, memorised_run, read_rows, write_rows
 from .conftest import ROOT, fastoss
+from .conftest import ROWS as SAMPLE_ROWS
 
 GREEDY = Sampling(max_new_tokens=48)
 
@@ -340,6 +343,30 @@ def test_held_out_rows_come_from_the_recipe(tmp_path):
     for row in pairs:
         assert row.conversation.messages[:-1] == row.rejected.messages[:-1]
         assert row.reference.content != row.rejected.messages[-1].content
+
+
+def test_a_run_on_the_sample_is_judged_on_the_sample(folder):
+    """What was held out of the whole data may have been trained, or was never read."""
+    write_rows(folder.root / "few.jsonl", SAMPLE_ROWS[:6])
+    text = (
+        folder.recipe.read_text()
+        .replace('source = "data.jsonl"', 'source = "data.jsonl"\nsample = "few.jsonl"')
+        .replace("0.0\n[train]", "0.4\n[train]")
+    )
+    folder.recipe.write_text(text)
+    recipe = load_recipe(folder.recipe)
+    run = folder.root / "run"
+    run.mkdir()
+    manifest = {"sample": True, "data": {"fingerprint": build_dataset(recipe, sample=True).report.fingerprint}}
+    write_json(run / "manifest.json", manifest)
+    said: list[str] = []
+    held, _ = _held(str(run), recipe, None, said.append)
+    assert held
+    assert all("few.jsonl" in row.conversation.place for row in held)
+    assert not any("is not what the run was trained on" in line for line in said)
+    write_json(run / "manifest.json", {"data": manifest["data"]})
+    _held(str(run), recipe, None, said.append)
+    assert any("is not what the run was trained on" in line for line in said)
 
 
 def test_evaluate_says_what_is_missing_before_a_model_is_loaded(run, tmp_path, monkeypatch):

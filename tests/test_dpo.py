@@ -25,6 +25,8 @@ from fastoss.data.dataset import build_dataset
 from fastoss.data.packing import BatchRule, fill_batches
 from fastoss.data.units import pair_units
 from fastoss.errors import FastossError, RunFailed
+from fastoss.inference.evaluate import _before, evaluate
+from fastoss.inference.evaluation_table import table_lines
 from fastoss.model.backend import ModelPlan, attach_lora, load_chat_tokenizer, load_model, plan_model
 from fastoss.model.tiny import tiny_model_folder
 from fastoss.report.curves import panels_of, read_metrics, resumed_after
@@ -204,6 +206,28 @@ def test_the_reference_is_the_one_named(after_sft, monkeypatch):
         base = logit_logps(model, build_dataset(recipe).train[::2])
     assert other["rewards/chosen"] == pytest.approx(0.1 * float((tuned - base).mean()), rel=1e-4)
     assert other["rewards/chosen"] > 1
+
+
+def test_it_is_compared_with_what_it_began_from(after_sft, monkeypatch):
+    """Samples before training, and what stands beside it in an evaluation, are the SFT run's; the pairs have intervals."""
+    monkeypatch.chdir(after_sft)
+    entries = [json.loads(line) for line in (after_sft / "dpo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [entry["before"]["content"] for entry in entries] == answers(after_sft / "sft")
+    assert {entry["start"] for entry in entries} == {"sft"}
+    assert "asking the model as it starts (sft)" in (after_sft / "dpo" / "log.txt").read_text(encoding="utf-8")
+    how = {"rows": 6, "output": after_sft / "told", "batch_size": 6, "language": None, "max_new_tokens": 1, "say": lambda line: None}
+    told = evaluate("dpo", after_sft / "pairs.jsonl", **how)
+    alone = evaluate("sft", after_sft / "pairs.jsonl", **how)
+    assert (told["before"], alone["before"]) == ("start", "base")
+    for name in ("loss_final", "prefers_chosen"):
+        assert told["measures"][name]["base"]["mean"] == pytest.approx(alone["measures"][name]["tuned"]["mean"], rel=1e-5)
+    moved = told["measures"]["dpo_accuracy"]["tuned"]
+    assert (moved["mean"], moved["n"]) == (1.0, 6)  # every margin is above 0, as its last metrics say
+    assert 0.5 < moved["low"] < 0.7
+    assert told["measures"]["loss_final"]["tuned"]["mean"] != pytest.approx(told["measures"]["loss_final"]["base"]["mean"], rel=1e-3)
+    assert table_lines(told)[2].split()[:3] == ["start", "tuned", "change"]
+    gone = load_recipe(after_sft / "dpo.toml", ["model.adapter=nowhere"])
+    assert _before(None, gone, lambda line: None) == "base"
 
 
 def logit_logps(model, examples) -> torch.Tensor:

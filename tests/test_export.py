@@ -96,8 +96,8 @@ def test_merged_weights_answer_as_the_adapter_does(shared, kind):  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["experts", "both"])
 def test_gguf_answers_word_for_word_in_llama_cpp(shared, kind):  # noqa: F811
-    from fastoss.export.llama_cpp import running
     from fastoss.inference.engine import Engine, Sampling
+    from fastoss.inference.llama_cpp import running
 
     (file,) = (shared.exports(kind) / "gguf").glob("*.gguf")
     engine = Engine.load(str(shared.run(kind)))

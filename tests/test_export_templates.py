@@ -73,7 +73,7 @@ def test_the_official_template_would_not(rows):
 def test_llama_cpp_renders_the_jinja_template_and_cuts_the_text_alike(rows, shared):  # noqa: F811
     """llama.cpp's own Jinja and tokenizer, on the vocabulary and template that a GGUF carries."""
     from fastoss.export.format_check import as_chat_message
-    from fastoss.export.llama_cpp import running
+    from fastoss.inference.llama_cpp import running
 
     (file,) = (shared.exports("experts") / "gguf").glob("*.gguf")
     renderer = HarmonyRenderer(FormatSettings())  # as that run was trained

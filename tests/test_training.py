@@ -449,3 +449,44 @@ def test_trees_give_the_losses_of_single_examples(folder):
         for key in ("loss", "loss_analysis", "loss_final", "grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4)
         assert mine["num_tokens"] < theirs["num_tokens"]
+
+
+def test_replies_to_held_out_rows_change_nothing_and_survive_a_kill(folder):
+    """Losses to the bit with and without them; a resumed run has each step's replies once, as an unbroken one."""
+    asked = (
+        "--set",
+        "eval.replies=3",
+        "--set",
+        "samples.max_new_tokens=6",
+        "--set",
+        "checkpoint.every=2",
+        "--set",
+        "lora.lora_dropout=0.1",
+        "--set",
+        'lora.targets=["attention"]',
+    )
+    settings = ("--set", "eval.fraction=0.3", "--set", "eval.every=1", "--set", "train.max_steps=3")
+    without = trained(folder, "without", *settings, *asked[4:])
+    whole = trained(folder, "whole", *settings, *asked)
+    plain = [{key: value for key, value in entry.items() if not key.startswith("eval_") or "loss" in key} for entry in metrics(whole)]
+    assert plain == metrics(without)
+    assert same_adapter(whole, without)
+    evaluated = [entry for entry in metrics(whole) if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluated] == [1, 2, 3]
+    assert all(0 <= entry[f"eval_{share}"] <= 1 for entry in evaluated for share in ("well_formed", "answered", "finished"))
+    assert all(entry["eval_answer_tokens"] + entry["eval_reasoning_tokens"] > 0 for entry in evaluated)
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) >= 2
+    for sample in samples:
+        assert sample["held_out"]
+        assert sample["after"] is not None
+        assert [reply["step"] for reply in sample["during"]] == [1, 2, 3]
+    killed = folder.root / "killed"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "adapter")
+    shutil.rmtree(killed / "checkpoints" / "checkpoint-3")
+    result, _ = train(folder, "killed", *settings, *asked)
+    assert result.code == 0, result.err
+    assert "going on from checkpoint-2" in result.err
+    assert metrics(killed) == metrics(whole)
+    assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()

@@ -14,7 +14,7 @@ import torch
 
 from fastoss.data.tokenizer import STOP_IDS, decode
 from fastoss.export.forward import Weights, log_probabilities
-from fastoss.export.llama_cpp import LlamaServer
+from fastoss.inference.llama_cpp import LlamaServer
 
 TOP = 20  # tokens of the reference that are compared at each place
 _LIKELY = 0.01  # of tokens below this probability a large difference means nothing

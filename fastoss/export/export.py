@@ -18,13 +18,13 @@ from fastoss.export.adapter_layouts import WEIGHTS, write_adapter
 from fastoss.export.card import card
 from fastoss.export.gguf_file import Quantization, check_quantization, write_gguf
 from fastoss.export.hub import check_push, push
-from fastoss.export.llama_cpp import check_llama_cpp
 from fastoss.export.merge import Progress, write_companions, write_merged, write_mxfp4
 from fastoss.export.ollama import MODELFILE, modelfile
 from fastoss.export.plan import check_plan, plan_export
 from fastoss.export.subject import Subject, load_subject
 from fastoss.export.templates import export_template
 from fastoss.export.verify import FORMATS, RESULT, Verification, format_of, threads, verify
+from fastoss.inference.llama_cpp import check_llama_cpp
 from fastoss.model.adapter import STAMP, library_versions
 from fastoss.run import RunDirectory, file_digest, file_lock, read_json, whole_folder, write_json, write_whole
 
@@ -150,7 +150,7 @@ def _check_gguf() -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise FastossError("the gguf library is not installed", place="--format gguf", hint="pip install 'fastoss[gguf]'")
-    check_llama_cpp()
+    check_llama_cpp("--format gguf", "is verified")
 
 
 def _check_place(place: Path) -> None:

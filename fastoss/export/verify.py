@@ -18,9 +18,9 @@ from fastoss.export.behaviour import Behaviour, ask, compare, compare_llama
 from fastoss.export.format_check import FormatCheck, as_chat_message, check_rows, jinja_renderer
 from fastoss.export.forward import Adapted, Weights
 from fastoss.export.gguf_weights import GgufWeights
-from fastoss.export.llama_cpp import LlamaServer, running
 from fastoss.export.ollama import MODELFILE, can_render, modelfile_render
 from fastoss.export.subject import Subject
+from fastoss.inference.llama_cpp import LlamaServer, running
 from fastoss.model.adapter import STAMP
 from fastoss.model.checkpoint_source import check_folder
 from fastoss.run import read_json

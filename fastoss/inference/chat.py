@@ -14,6 +14,7 @@ from fastoss.data.conversation import Message
 from fastoss.errors import FastossError, RunFailed
 from fastoss.inference.endpoint import EndpointEngine
 from fastoss.inference.engine import Engine
+from fastoss.inference.gguf import GgufEngine
 from fastoss.inference.opening import open_model
 from fastoss.inference.reply import Reply
 from fastoss.inference.sampling import Effort, Question, ReasoningLanguage, Sampling
@@ -36,7 +37,7 @@ A line that ends with \\ goes on in the next one."""
 class Talk:
     """One conversation and its settings; `command` and `ask` change it."""
 
-    def __init__(self, engine: Engine | EndpointEngine, question: Question, sampling: Sampling, *, tuned: bool = True):
+    def __init__(self, engine: Engine | GgufEngine | EndpointEngine, question: Question, sampling: Sampling, *, tuned: bool = True):
         self.engine, self.sampling, self.tuned = engine, sampling, tuned
         self.asked = question  # its messages are the history
         self.last: str | None = None  # the last question, whether or not it was answered

@@ -7,29 +7,28 @@ ask one engine: they are answered one after the other, in the order in which the
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from fastoss.config import FormatSettings, ModelConfig
+from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Message, Tool
-from fastoss.data.harmony import Completion, CompletionParser, Delta, HarmonyRenderer, parse_completion
+from fastoss.data.harmony import Completion, HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
-from fastoss.errors import FastossError, RunFailed
+from fastoss.errors import FastossError
 from fastoss.inference.prefix_cache import PrefixCaches
 from fastoss.inference.reply import Answer, Reply, finish_reason
 from fastoss.inference.sampling import Question, ReasoningLanguage
 from fastoss.inference.sampling import Sampling as Sampling
+from fastoss.inference.streaming import Tell, streamed
 from fastoss.inference.turns import Turns
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.model.backend import has_gpu, load_model, model_source, plan_model, ready_for_inference
 from fastoss.model.checkpoint_source import checkpoint_source, native_precision
-from fastoss.model.lora import adapter_folder
+from fastoss.model.lora import adapter_folder, load_adapter_weights
 
 
 class Engine:
@@ -44,6 +43,7 @@ class Engine:
         self.renderer = HarmonyRenderer(format)
         self.turns = Turns(waiting)
         self._caches = PrefixCaches() if prefix_cache else None
+        self._beside: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def load(cls, name: str) -> Engine:
@@ -108,7 +108,9 @@ class Engine:
         question = Question(tuple(messages), reasoning_effort, language, tools, current_date)
         prompt = self.prompt_ids(question)
         chosen = sampling or Sampling()
-        return Reply(lambda reply: self._deltas(reply, prompt, chosen, tuned), len(prompt))
+        return Reply(
+            lambda reply: streamed(reply, self.turns, lambda tell: self._generate(reply, prompt, chosen, tuned, tell)), len(prompt)
+        )  # fmt: skip
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
         """Answer several chats in one batch, in order. Their `seconds` are the batch's."""
@@ -134,11 +136,40 @@ class Engine:
         asked = [Question(tuple(chat), effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
         return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
 
+    def put_beside(self, adapter: Path, settings: LoraSettings) -> None:
+        """From now on `tuned=False` asks with this adapter in place of the tuned one, and no more the base: what a run has begun from.
+
+        Raises `FastossError` where it is none of these `settings`.
+        """
+        own = {name: weight.detach().clone() for name, weight in self._adapter_weights().items()}
+        load_adapter_weights(self.model, adapter, settings)
+        self._beside = {name: weight.detach().clone() for name, weight in self._adapter_weights().items()}
+        for name, weight in self._adapter_weights().items():
+            weight.data.copy_(own[name])
+        if self._caches is not None:
+            self._caches.clear()
+
     @contextlib.contextmanager
     def switched(self, tuned: bool) -> Iterator[None]:
-        """Within it the model is the tuned one, or the base. Only for whoever has the turn."""
-        with contextlib.nullcontext() if tuned or not self.has_adapter else self.model.disable_adapter():
+        """Within it the model is the tuned one, or the base (or what was put beside). Only for whoever has the turn."""
+        if tuned or not self.has_adapter:
             yield
+        elif self._beside is None:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self._swap(self._beside)
+            try:
+                yield
+            finally:
+                self._swap(self._beside)
+
+    def _swap(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in self._adapter_weights().items():
+            weight.data, weights[name] = weights[name], weight.data
+
+    def _adapter_weights(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if ".lora_" in name}
 
     def _check_base(self, tuned: bool) -> None:
         if not tuned and not self.has_adapter:
@@ -155,53 +186,7 @@ class Engine:
             output = self.model.generate(input_ids=ids, attention_mask=mask, **sampling.generate_arguments())
         return [_until_stop(row) for row in output[:, width:].tolist()]
 
-    def _deltas(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool) -> Generator[Delta, None, None]:
-        parser = CompletionParser()
-        reply.problems = parser.problems
-        with contextlib.closing(self._sample(reply, prompt, sampling, tuned)) as tokens:
-            for token in tokens:
-                reply.count()
-                delta = parser.feed(token)
-                reply.stop = parser.stop
-                if delta is not None:
-                    yield delta
-        if parser.stop is None:
-            delta = parser.close()
-            if delta is not None:
-                yield delta
-
-    def _sample(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool) -> Generator[int, None, None]:
-        """Token ids as `generate` chooses them, in a thread of its own; the generator's end ends the thread.
-
-        The thread has the model's turn, not whoever reads: a slow reader does not keep others waiting.
-        """
-        said: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        cancelled = reply.cancelled
-
-        def run() -> None:
-            try:
-                with self.turns.turn(cancelled) as ours:
-                    reply.waited_seconds = reply.elapsed()
-                    if ours and not cancelled.is_set():
-                        self._generate(reply, prompt, sampling, tuned, said, cancelled)
-                said.put(None)
-            except BaseException as problem:  # handed to the reader's thread, which raises it
-                said.put(problem)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            while (item := said.get()) is not None:
-                if isinstance(item, FastossError):
-                    raise item
-                if isinstance(item, BaseException):
-                    raise RunFailed(f"generation failed: {item}") from item
-                yield item
-        finally:
-            cancelled.set()
-            thread.join()
-
-    def _generate(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool, said: SimpleQueue[Any], cancelled: threading.Event) -> None:
+    def _generate(self, reply: Reply, prompt: list[int], sampling: Sampling, tuned: bool, tell: Tell) -> None:
         ids = torch.tensor([prompt], device=self.model.device)
         sampled: list[int] = []
 
@@ -213,14 +198,14 @@ class Engine:
             def put(self, value: torch.Tensor) -> None:
                 if self.prompt_seen:
                     sampled.append(int(value.flatten()[0]))
-                    said.put(sampled[-1])
+                    tell(sampled[-1:], 1)
                 self.prompt_seen = True
 
             def end(self) -> None:
                 pass
 
         def cancel(*_: Any) -> torch.Tensor:
-            return torch.full((1,), cancelled.is_set(), dtype=torch.bool, device=ids.device)
+            return torch.full((1,), reply.cancelled.is_set(), dtype=torch.bool, device=ids.device)
 
         arguments = sampling.generate_arguments()
         cache = None

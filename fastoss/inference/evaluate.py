@@ -14,9 +14,11 @@ from fastoss.data.dataset import build_dataset
 from fastoss.data.prompts import read_asked
 from fastoss.errors import FastossError
 from fastoss.inference.endpoint import is_endpoint
+from fastoss.inference.gguf import is_gguf
 from fastoss.inference.measures import REPLY_MEASURES, Interval, Measure, Values, bleu, difference, interval, measure_reply, ratio
 from fastoss.inference.reply import Answer
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling, asked_language
+from fastoss.model.lora import adapter_folder
 from fastoss.run import RunDirectory, read_json, write_json, write_whole
 
 CHANNELS = {"analysis": "reasoning", "commentary": "tool calls", "final": "answer"}
@@ -51,6 +53,9 @@ def evaluate(
     if is_endpoint(name):
         hint = "answer the file with `fastoss generate`, or evaluate the run itself"
         raise FastossError("a server says no losses and has no base beside it", place=name, hint=hint)
+    if is_gguf(name):
+        hint = "evaluate the run it was made from; `fastoss verify` compares the file with it"
+        raise FastossError("llama.cpp says no losses of a GGUF file, and has no base beside it", place=name, hint=hint)
     run = RunDirectory(Path(name).expanduser())
     recipe = recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)) if run.exists() else None
     folder = _folder(output, run)
@@ -61,10 +66,11 @@ def evaluate(
     from fastoss.inference.engine import Engine
 
     engine = Engine.load(name)
+    before = _before(engine, recipe, say)
     sides = ["base", "tuned"] if engine.has_adapter else ["tuned"]
     measures, replies = judge(engine, held, sides, batch_size, language, max_new_tokens, recipe, say)
     result = {
-        "model": name, "rows": len(held), "of": total, "source": what, "compared": len(sides) == 2,
+        "model": name, "rows": len(held), "of": total, "source": what, "compared": len(sides) == 2, "before": before,
         "settings": {"temperature": 0, "max_new_tokens": max_new_tokens, "language": language.value if language else None}, "measures": measures,
     }  # fmt: skip
     if folder is not None:
@@ -72,6 +78,20 @@ def evaluate(
         write_json(folder / "evaluation.json", result)
         say(f"wrote {folder / 'evaluation.json'} and {folder / 'evaluation.jsonl'}")
     return result
+
+
+def _before(engine: Any, recipe: Recipe | None, say: Say) -> str:
+    """What stands beside the tuned model, under the key `base`: of a DPO run its reference, so that the pairs tell what training did."""
+    if recipe is None or recipe.method != "dpo" or recipe.model.adapter is None or (recipe.dpo and recipe.dpo.reference == "adapter_off"):
+        return "base"
+    try:
+        folder = adapter_folder(recipe.model.adapter)
+        engine.put_beside(folder, recipe.lora)
+    except FastossError as problem:
+        say(f"note: of the adapter that the run began from, {problem.place}: {problem.fact}; the base stands beside it")
+        return "base"
+    say(f"beside it: {recipe.model.adapter}, from which the run began")
+    return "start"
 
 
 def _folder(output: Path | None, run: RunDirectory) -> Path | None:
@@ -92,10 +112,11 @@ def _held(name: str, recipe: Recipe | None, source: Path | None, say: Say) -> tu
         return found, str(source)
     if recipe is None:
         raise FastossError("this is no run directory, so it has no held-out rows", place=name, hint="give rows with --input FILE")
-    dataset = build_dataset(recipe, progress=say)
+    path = RunDirectory(Path(name).expanduser()).manifest
+    manifest = read_json(path) if path.is_file() else {}
+    dataset = build_dataset(recipe, sample=manifest.get("sample", False), progress=say)
     conversations = [example.conversation for example in dataset.eval]
-    manifest = RunDirectory(Path(name).expanduser()).manifest
-    if manifest.is_file() and read_json(manifest).get("data", {}).get("fingerprint") != dataset.report.fingerprint:
+    if manifest and manifest.get("data", {}).get("fingerprint") != dataset.report.fingerprint:
         say("note: the data is not what the run was trained on: rows that are held out now may have been trained")
     if not conversations:
         hint = "give rows with --input FILE, or train with eval.fraction or [[eval.data]]"

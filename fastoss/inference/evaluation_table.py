@@ -11,7 +11,7 @@ _HIDDEN = ("perplexity_analysis", "perplexity_commentary", "bleu")  # in the JSO
 def table_lines(result: dict[str, Any]) -> list[str]:
     """The table: a measure a line, both models with their 95 % intervals, and what is to be thought of the change."""
     sides = ["base", "tuned"] if result["compared"] else ["tuned"]
-    heads = ["", *(["base", "tuned", "change"] if result["compared"] else ["value"]), "rows"]
+    heads = ["", *([result.get("before", "base"), "tuned", "change"] if result["compared"] else ["value"]), "rows"]
     rows = [heads]
     for name, entry in result["measures"].items():
         if name in _HIDDEN:
@@ -25,6 +25,8 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['model']}: {result['rows']} of {result['of']} rows ({result['source']})", ""]
     lines += ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += ["", "In brackets: where the value would lie in 95 of 100 such samples of rows."]
+    if result.get("before") == "start":
+        lines.append('"start" is the adapter that the run began from, and its reference.')
     if result["compared"]:
         lines.append('"better" and "worse" are said only where chance does not explain the change (paired bootstrap, and a sign test at 5 %).')
     if any(entry["unit"] == "nats" for entry in result["measures"].values()):

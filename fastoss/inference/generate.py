@@ -149,7 +149,9 @@ def _settings(model: str, source: Path, asked: Sequence[Asked], how: Batching) -
         digest.update(json.dumps([plain_message(m) for m in row.conversation.messages], ensure_ascii=False).encode() + b"\0")
     weights = None
     if not is_endpoint(model):
-        found = sorted([*Path(model).expanduser().glob("*.safetensors"), *Path(model).expanduser().glob("adapter/*.safetensors")])
+        folder = Path(model).expanduser()
+        found = sorted(path for pattern in ("*.safetensors", "adapter/*.safetensors", "*.gguf") for path in folder.glob(pattern))
+        found = [folder] if folder.is_file() else found
         # An adapter is hashed; of whole models, gigabytes, size and time tell that they were changed.
         weights = [
             file_digest(p) if p.name.startswith("adapter") else f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in found

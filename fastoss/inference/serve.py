@@ -25,6 +25,8 @@ from fastoss.data.prompts import row_to_asked
 from fastoss.data.rows import Row
 from fastoss.errors import FastossError
 from fastoss.inference.engine import Engine
+from fastoss.inference.gguf import GgufEngine
+from fastoss.inference.opening import open_engine
 from fastoss.inference.reply import Reply
 from fastoss.inference.sampling import Sampling
 from fastoss.inference.turns import Busy
@@ -50,7 +52,7 @@ class _Refused(Exception):
         self.status = status
 
 
-def build_app(engine: Engine, name: str) -> Starlette:
+def build_app(engine: Engine | GgufEngine, name: str) -> Starlette:
     """The endpoint. `name` is the model's, `name-base` that of its base where it has an adapter."""
     models = {name: True} | ({f"{name}-base": False} if engine.has_adapter else {})
     server = _Server(engine, models)
@@ -67,7 +69,7 @@ def serve(name: str, port: int, say: Any) -> None:
     import uvicorn
 
     say(f"loading {name} …")
-    engine = Engine.load(name)
+    engine = open_engine(name)
     engine.turns.limit = 50
     model = name.rstrip("/").rpartition("/")[2]
     say(f"answering at http://127.0.0.1:{port}/v1 as {model}; Ctrl-C ends it")
@@ -75,7 +77,7 @@ def serve(name: str, port: int, say: Any) -> None:
 
 
 class _Server:
-    def __init__(self, engine: Engine, models: dict[str, bool]):
+    def __init__(self, engine: Engine | GgufEngine, models: dict[str, bool]):
         self.engine, self.names = engine, models
 
     async def health(self, request: Request) -> Response:

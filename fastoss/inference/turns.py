@@ -1,4 +1,4 @@
-"""Whose turn it is: several threads ask one model, and each is answered in the order in which it came."""
+"""Whose turn it is: several threads ask one model, and each is answered in the order in which it came, one or a few at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Busy(RunFailed):
 
 
 class Turns:
-    """A lock that is handed on first come, first served. `limit` is how many may wait (None: any number)."""
+    """A lock that is handed on first come, first served. `limit` is how many may wait (None: any number), `places` how many hold it at once."""
 
-    def __init__(self, limit: int | None = None):
-        self.limit = limit
+    def __init__(self, limit: int | None = None, places: int = 1):
+        self.limit, self.places = limit, places
         self._guard = threading.Lock()
         self._waiting: deque[threading.Event] = deque()
-        self._held = False
+        self._held = 0
 
     @property
     def waiting(self) -> int:
@@ -29,8 +29,8 @@ class Turns:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody has the turn."""
-        return self._held
+        """Whether whoever comes now has to wait."""
+        return self._held == self.places
 
     @contextlib.contextmanager
     def turn(self, given_up: threading.Event | None = None) -> Iterator[bool]:
@@ -40,8 +40,8 @@ class Turns:
         """
         mine = threading.Event()
         with self._guard:
-            if not self._held and not self._waiting:
-                self._held = True
+            if self._held < self.places and not self._waiting:
+                self._held += 1
                 mine.set()
             elif self.limit is not None and len(self._waiting) >= self.limit:
                 raise Busy(f"{len(self._waiting)} questions are waiting already", hint="try again in a moment")
@@ -63,4 +63,4 @@ class Turns:
                 if self._waiting:
                     self._waiting.popleft().set()
                 else:
-                    self._held = False
+                    self._held -= 1

@@ -100,7 +100,7 @@ def _preferences(facts: Facts) -> str:
 
 
 def _word_for_word(facts: Facts) -> str:
-    known = [entry for entry in facts.samples if entry.get("expected") and entry.get("after")]
+    known = [entry for entry in facts.samples if entry.get("expected") and entry.get("after") and not entry.get("held_out")]
     if not known:
         return ""
     before, after = (sum(is_expected(entry, entry[side]) for entry in known) for side in ("before", "after"))

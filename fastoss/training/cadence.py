@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fastoss.config import CHANNELS
+from fastoss.inference.measures import REPLY_MEASURES
 from fastoss.training.memory import memory_in_use
 from fastoss.training.progress import duration
 from fastoss.training.scheduled import Training
@@ -17,6 +18,7 @@ _LOGGED = (
     "loss", *(f"loss_{channel}" for channel in CHANNELS), "learning_rate", "grad_norm", "entropy", "mean_token_accuracy",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl_proxy", "sft",
 )  # fmt: skip
+_REPLIES = tuple(measure.name for measure in REPLY_MEASURES)
 _PATIENCE_S = 15.0  # a person should not wait longer for a sign of life, if steps are shorter than that
 
 
@@ -67,8 +69,9 @@ class Cadence(TrainerCallback):
             return
         training, step = self.training, state.global_step
         if "eval_loss" in logs:
-            training.metrics.write(step, {key: logs[key] for name in _LOGGED if (key := f"eval_{name}") in logs})
+            training.metrics.write(step, {key: logs[key] for name in (*_LOGGED, *_REPLIES) if (key := f"eval_{name}") in logs})
             said = f"step {step:,}/{training.total_steps:,}  held-out loss {logs['eval_loss']:.4f}"
+            said += f"  replies in the right format {logs['eval_well_formed']:.0%}" if "eval_well_formed" in logs else ""
             training.console.say(said, "evaluation", step=step, steps=training.total_steps, eval_loss=logs["eval_loss"])
             return
         now = time.monotonic()

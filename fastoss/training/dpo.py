@@ -237,6 +237,7 @@ class HarmonyDPOTrainer(ScheduledTrainer, DPOTrainer):
         loss = metrics[f"{metric_key_prefix}_loss"]
         if not math.isfinite(loss):
             raise RunFailed(f"the held-out loss is {loss} at step {self.state.global_step}", hint=BROKEN_HINT)
+        metrics |= self._reply_metrics()
         self.log(metrics | {f"{metric_key_prefix}_runtime": time.monotonic() - started})
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -1,22 +1,33 @@
-"""Samples: the same questions before and after training, so that people see what the model learned."""
+"""Samples: the same questions before and after training, and held-out ones meanwhile, so that people see what the model learns."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
+import torch
+
 from fastoss.config import Recipe
-from fastoss.data.conversation import Message
+from fastoss.data.conversation import Conversation, Message, Tool
 from fastoss.data.dataset import Dataset
 from fastoss.data.harmony import Completion
 from fastoss.inference.engine import Engine, Sampling
+from fastoss.inference.measures import REPLY_MEASURES, measure_reply
+from fastoss.inference.reply import Answer
+from fastoss.inference.sampling import Question as Asked
+from fastoss.inference.sampling import asked_language
 from fastoss.model.backend import ModelPlan, ready_for_inference, ready_for_training
 from fastoss.run import RunDirectory, write_whole
 from fastoss.terminal import working
 from fastoss.training.progress import Console, rank
 
 _AT_ONCE = 16  # questions answered in one batch
+# Of a handful of rows: what goes wrong in training shows here first. Likeness to the expected answer is for `fastoss evaluate`.
+MEASURED = tuple(measure.name for measure in REPLY_MEASURES if measure.name not in ("exact_match", "chrf"))
 
 
 @dataclass
@@ -26,69 +37,109 @@ class Question:
     messages: tuple[Message, ...]
     expected: Message | None = None
     reasoning_effort: str | None = None  # the row's own, where it has one: what was trained is what is asked
+    held_out: bool = False  # never trained: asked at each evaluation as well
+    tools: tuple[Tool, ...] = ()
+    current_date: str | None = None
+    during: list[dict[str, Any]] = field(default_factory=list)  # replies at evaluations, each with its step
+
+    @classmethod
+    def of(cls, chat: Conversation, *, held_out: bool) -> Question:
+        return cls(chat.messages[:-1], chat.messages[-1], chat.reasoning_effort, held_out, chat.tools, chat.current_date)
 
 
 class Samples:
-    """Asks the recipe's prompts (and `from_train` training examples), keeps the answers in `samples.jsonl`."""
+    """Asks the recipe's prompts, `from_train` training examples and `eval.replies` held-out rows; keeps the answers in `samples.jsonl`.
+
+    "Before" is the model that the run starts from: the base, or with `model.adapter` what that adapter made of it.
+    """
 
     def __init__(self, recipe: Recipe, run: RunDirectory, dataset: Dataset, console: Console):
         self.recipe, self.run, self.console = recipe, run, console
         count = min(recipe.samples.from_train, len(dataset.train))
         chosen = [dataset.train[i * len(dataset.train) // count].conversation for i in range(count)]
         self.questions = [Question((Message("user", prompt),)) for prompt in recipe.samples.prompts]
-        self.questions += [Question(chat.messages[:-1], chat.messages[-1], chat.reasoning_effort) for chat in chosen]
+        self.questions += [Question.of(chat, held_out=False) for chat in chosen]
+        self.questions += [Question.of(chat, held_out=True) for chat in _held_out(recipe, dataset)]
+        self.start = recipe.model.adapter  # None: the base
         self.before: list[dict[str, Any]] = []
 
-    def answer_before(self, model: Any, plan: ModelPlan) -> None:
-        """Answer with the base model (the adapter switched off), unless an earlier start of this run did so."""
+    def answer_before(self, model: Any, plan: ModelPlan, step: int = 0) -> None:
+        """Answer with the model as the run starts, unless an earlier start of this run did so; `step` is the one it goes on from."""
+        self.plan = plan
         if not self.questions or rank() != 0:
             return
         if self.run.samples.is_file():
             entries = [json.loads(line) for line in self.run.samples.read_text(encoding="utf-8").splitlines()]
             limit = self.recipe.samples.max_new_tokens
-            known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"]) for entry in entries]
-            if known == [(self._shown(q), q.reasoning_effort, limit) for q in self.questions]:
+            known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"], entry.get("start")) for entry in entries]
+            if known == [(self._shown(q), q.reasoning_effort, limit, self.start) for q in self.questions]:
                 self.before = [entry["before"] for entry in entries]
+                for question, entry in zip(self.questions, entries, strict=True):
+                    question.during = [reply for reply in entry.get("during", []) if reply["step"] <= step]  # later ones will come again
                 return
         count = len(self.questions)
-        self.console.say(f"asking the base model {count} question{'' if count == 1 else 's'} …")
-        if plan.source is None:
+        whom = f"the model as it starts ({self.start})" if self.start else "the base model"
+        self.console.say(f"asking {whom} {count} question{'' if count == 1 else 's'} …")
+        if plan.source is None and not self.start:
             self.console.say("note: the tiny base has random weights, so its replies are noise; tuned, it knows its training rows and nothing else")
-        with model.disable_adapter(), working(f"asking {count} question{'' if count == 1 else 's'}"):
-            self.before = [_plain(reply) for reply in self._answers(model, plan)]
+        with contextlib.nullcontext() if self.start else model.disable_adapter(), working(f"asking {count} question{'' if count == 1 else 's'}"):
+            self.before = [_plain(answer.completion) for answer in self._answers(model, self.questions)]
         self._write([None] * len(self.questions))
+
+    def answer_during(self, model: Any, step: int) -> dict[str, float]:
+        """Answer the held-out questions as far as the model has learned: means of the reply measures, as metrics of an evaluation.
+
+        Replies are the likeliest tokens, and the training's chance is put back as it was: no later loss hangs on this. Rank 0 alone asks.
+        """
+        asked = [question for question in self.questions if question.held_out]
+        if not asked or rank() != 0:
+            return {}
+        answers = self._answers(model, asked)
+        found: dict[str, list[float]] = {}
+        for question, answer in zip(asked, answers, strict=True):
+            question.during.append({"step": step, **_plain(answer.completion)})
+            text = next((message.content for message in reversed(question.messages) if message.role == "user"), "")
+            measured = measure_reply(answer.completion, answer.finish_reason, text, question.expected, asked_language(question.messages))
+            for name in MEASURED:
+                if (value := measured[name]) is not None:
+                    found.setdefault(name, []).append(value)
+        self._write([None] * len(self.questions))
+        return {f"eval_{name}": fmean(values) for name, values in found.items()}
 
     def answer_after(self, model: Any, plan: ModelPlan) -> None:
         """Answer with the tuned model, print both beside each other, and count the answers given word for word."""
         if not self.questions:
             return
         with working("asking the tuned model"):
-            replies = self._answers(model, plan)
-        after = [_plain(reply) for reply in replies]
+            after = [_plain(answer.completion) for answer in self._answers(model, self.questions)]
         self._write(after)
         for question, before, tuned in zip(self.questions, self.before, after, strict=True):
             self._print(question, before, tuned)
-        known = [(q, b, a) for q, b, a in zip(self.questions, self.before, after, strict=True) if q.expected is not None]
+        known = [(q, b, a) for q, b, a in zip(self.questions, self.before, after, strict=True) if q.expected is not None and not q.held_out]
         if known:
             base = sum(_same(q.expected, b) for q, b, _ in known)
             tuned_right = sum(_same(q.expected, a) for q, _, a in known)
-            self.console.say(f"word for word, in every channel: base {base} of {len(known)}, tuned {tuned_right} of {len(known)}")
+            self.console.say(f"word for word, in every channel: {self._whom()} {base} of {len(known)}, tuned {tuned_right} of {len(known)}")
 
     def suggestion(self) -> str:
         """A question for the first chat: one that the model has seen alone, if there is one."""
-        alone = [q for q in self.questions if len(q.messages) == 1 and '"' not in q.messages[0].content]
+        alone = [q for q in self.questions if len(q.messages) == 1 and not q.held_out and '"' not in q.messages[0].content]
         asked = next((q for q in alone if q.expected), alone[0] if alone else None)
         return f' --prompt "{asked.messages[0].content}"' if asked else ""
 
-    def _answers(self, model: Any, plan: ModelPlan) -> list[Completion]:
-        engine = Engine(ready_for_inference(model, plan), self.recipe.format)
+    def _whom(self) -> str:
+        return "start" if self.start else "base"
+
+    def _answers(self, model: Any, questions: Sequence[Question]) -> list[Answer]:
+        engine = Engine(ready_for_inference(model, self.plan), self.recipe.format)
         sampling = Sampling(temperature=0, max_new_tokens=self.recipe.samples.max_new_tokens)
-        replies: list[Completion] = []
-        for start in range(0, len(self.questions), _AT_ONCE):
-            asked = self.questions[start : start + _AT_ONCE]
-            replies += engine.complete([q.messages for q in asked], sampling, [q.reasoning_effort for q in asked])
-        ready_for_training(model, plan)
-        return replies
+        answers: list[Answer] = []
+        with torch.random.fork_rng():
+            for start in range(0, len(questions), _AT_ONCE):
+                asked = [Asked(q.messages, q.reasoning_effort, None, q.tools, q.current_date) for q in questions[start : start + _AT_ONCE]]
+                answers += engine.answers(asked, sampling)
+        ready_for_training(model, self.plan)
+        return answers
 
     def _write(self, after: list[Any]) -> None:
         entries = [
@@ -97,7 +148,10 @@ class Samples:
                 "reasoning_effort": q.reasoning_effort,
                 "max_new_tokens": self.recipe.samples.max_new_tokens,
                 "expected": asdict(q.expected) if q.expected else None,
+                "start": self.start,
+                "held_out": q.held_out,
                 "before": b,
+                "during": q.during,
                 "after": a,
             }
             for q, b, a in zip(self.questions, self.before, after, strict=True)
@@ -113,10 +167,17 @@ class Samples:
         said = [f"{message.role}: {message.content}" for message in question.messages]
         mark = "" if question.expected is None else "  ✓" if _same(question.expected, after) else "  ✗"
         self.console.say("\n" + "\n".join(said))
-        self.console.say(f"   base:  {_one_line(before)}")
+        self.console.say(f"   {self._whom() + ':':<6} {_one_line(before)}")
         self.console.say(f"   tuned: {_one_line(after)}{mark}")
         if question.expected is not None and mark.strip() == "✗":
-            self.console.say(f"   shown: {_one_line(asdict(question.expected))}")
+            self.console.say(f"   {'held out:' if question.held_out else 'shown:'} {_one_line(asdict(question.expected))}")
+
+
+def _held_out(recipe: Recipe, dataset: Dataset) -> list[Conversation]:
+    """`eval.replies` held-out rows, spread over all; of a pair the chosen answer is the expected one."""
+    rows = [example.conversation for example in dataset.eval][:: 2 if recipe.method == "dpo" else 1] if recipe.eval.replies else []
+    count = min(recipe.eval.replies, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _plain(reply: Completion) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Training:
     watchdog: Watchdog
     writer: CheckpointWriter
     total_steps: int
+    replies: Callable[[Any, int], dict[str, float]] | None = None  # (model, step) → metrics of the held-out replies
     eval_reference: Any = None  # of DPO: the reference's log-probabilities of the held-out pairs, (pairs, 2)
 
     def numbers(self) -> datasets.Dataset:
@@ -287,6 +288,13 @@ class ScheduledTrainer:
         shown = ", ".join(rows[:5]) + (", …" if len(rows) > 5 else "")
         self.training.metrics.write(step, {"failed": what})
         raise RunFailed(f"{what} at step {step}; rows of the batch: {shown}", hint=BROKEN_HINT)
+
+    def _reply_metrics(self) -> dict[str, float]:
+        """What replies to held-out rows are like at this step; nothing on other ranks, which wait."""
+        if self.training.replies is None:
+            return {}
+        self.training.watchdog.stage(f"answering held-out rows after step {self.state.global_step:,}")
+        return self.training.replies(self.model, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.state.epoch = self.training.schedule.epoch(self.state.global_step * self.training.batches_per_step)

@@ -109,7 +109,7 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
         loss = (sums[0] / sums[1]).item()
         if not math.isfinite(loss):
             raise RunFailed(f"the held-out loss is {loss} at step {self.state.global_step}", hint=BROKEN_HINT)
-        metrics = {f"{metric_key_prefix}_loss": loss} | self._channel_losses(f"{metric_key_prefix}_")
+        metrics = {f"{metric_key_prefix}_loss": loss} | self._channel_losses(f"{metric_key_prefix}_") | self._reply_metrics()
         self.log(metrics | {f"{metric_key_prefix}_runtime": time.monotonic() - started})
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -62,7 +62,7 @@ def train(
         console.say(line)
     _check_weights(dataset, plan)
     layout, units, schedule = plan_batches(recipe, plan, dataset, world_size())
-    facts = run_facts(recipe, plan, dataset, layout)
+    facts = run_facts(recipe, plan, dataset, layout) | {"sample": sample}
     with opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite, override=override_resume) as unfinished:
         if not unfinished:
             return run
@@ -157,7 +157,7 @@ def _train_model(
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
-    samples.answer_before(model, plan)
+    samples.answer_before(model, plan, checkpoint_step(checkpoint) if checkpoint else 0)
     stop = StopRequest()
     rule = batch_rule(recipe)
     held_out = eval_units(recipe, dataset)
@@ -165,7 +165,7 @@ def _train_model(
         recipe=recipe, run=run, console=console, metrics=MetricsFile(run.metrics, checkpoint_step(checkpoint) if checkpoint else 0),
         train=units, schedule=schedule, eval=held_out, eval_batches=fill_batches(range(len(held_out)), held_out.lengths, rule),
         layout=layout, stop=stop, watchdog=watchdog, writer=CheckpointWriter(run, recipe.checkpoint.keep, console.say),
-        total_steps=steps_of(schedule, recipe, world_size()),
+        total_steps=steps_of(schedule, recipe, world_size()), replies=samples.answer_during if recipe.eval.replies else None,
     )  # fmt: skip
     settings: dict[str, Any] = {"recompute": recompute, "trackers": trackers}
     if recipe.method == "dpo":

@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    path, context, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    path, (context, threads, chats, gpu_layers) = sys.argv[1], map(int, sys.argv[2:6])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp writes its log where it likes
     import xllamacpp
@@ -15,14 +15,17 @@ def main() -> None:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
     parameters.n_ctx = context
-    parameters.n_parallel = 1
-    parameters.n_gpu_layers = 0  # a CPU computes alike everywhere
+    parameters.n_parallel = chats
+    if chats > 1:
+        parameters.kv_unified = True  # one memory for all, so that a single chat may fill it
+        parameters.swa_full = True  # else sliding layers throw keys away that the chat's next turn begins with
+    parameters.n_gpu_layers = gpu_layers
     parameters.warmup = False
     parameters.no_extra_bufts = True  # no second copy of the weights in another order
     parameters.use_jinja = True
     parameters.cpuparams.n_threads = threads
     parameters.cpuparams_batch.n_threads = threads
-    parameters.n_threads_http = 2
+    parameters.n_threads_http = chats + 2  # a reply that streams keeps one
     server = xllamacpp.Server(parameters)
     out.write(f"{server.listening_address}\n")
     out.flush()
