@@ -17,6 +17,7 @@ import fastoss
 from fastoss import cli_answers, terminal
 from fastoss.cli_answers import LogJson
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError, Stopped
+from fastoss.telemetry import no_telemetry
 
 if TYPE_CHECKING:
     from fastoss.config import Recipe
@@ -360,6 +361,7 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point: errors become one clear message and an exit code; a traceback only with --debug."""
+    no_telemetry()
     try:
         app(prog_name="fastoss")
     except FastossError as error:

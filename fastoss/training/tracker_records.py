@@ -31,15 +31,6 @@ class Story:
     config: dict[str, Any]
 
 
-def quiet_libraries() -> None:
-    """Switch off what the libraries would report home about their own use. Before their import, which reads these variables."""
-    os.environ["WANDB_ERROR_REPORTING"] = "false"  # crash reports and usage figures of wandb and wandb-core
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a folder needs no database and no minute of migrations
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # trackio's way to the hub
-    os.environ["DO_NOT_TRACK"] = "1"
-
-
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[None]:
     """Stdout is for data and ctrl-C is ours: what a library prints is dropped, what it hears for is put back."""
@@ -112,7 +103,7 @@ class Wandb:
 
         last: dict[str, int] = {}
         for path in sorted(self.folder.glob(f"*/run-{self.run_id}.wandb")):
-            for data in log_records(path):
+            for data, _ in log_records(path):
                 record = Record()
                 record.ParseFromString(data)
                 row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
@@ -168,11 +159,14 @@ class SwanLab:
 
         last: dict[str, int] = {}
         for path in sorted(self.folder.glob(f"run-*/run-{self.run_id}.swanlab")):
-            for data in log_records(path):
+            whole = 7
+            for data, whole in log_records(path):  # noqa: B007
                 record = Record()
                 record.ParseFromString(data)
                 if record.HasField("scalar"):
                     last[record.scalar.key] = max(last.get(record.scalar.key, 0), record.scalar.step)
+            if path.stat().st_size > whole:  # a kill tore its last record, at which SwanLab's own reader would give up
+                os.truncate(path, whole)
         return last
 
     def held(self) -> dict[str, int]:
@@ -226,6 +220,7 @@ class Mlflow:
         from mlflow.tracking import MlflowClient
 
         self.metric = Metric
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a folder needs no database and no minute of migrations; read when it is opened
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (story.root / "mlflow").resolve().as_uri())
         self.known = "mlflow" in story.ids
         if self.known:
@@ -265,8 +260,8 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, (values if isinstance(values, str) else json.dumps(values, ensure_ascii=False))[:500]
 
 
-def log_records(path: Path) -> Iterator[bytes]:
-    """The records of a `.wandb` or `.swanlab` file, up to where a kill tore it.
+def log_records(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The records of a `.wandb` or `.swanlab` file and where each ends, up to where a kill tore it.
 
     Both are LevelDB's log format after seven bytes of their own: blocks of 32,768 bytes, in them pieces of a record, each after
     checksum (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle, 4: last). github.com/google/leveldb, doc/log_format.md.
@@ -283,5 +278,5 @@ def log_records(path: Path) -> Iterator[bytes]:
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            yield record
+            yield record, at
             record = b""

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastoss.config import LogSettings, Recipe, resolved_dict
 from fastoss.run import RunDirectory, read_json, write_json
+from fastoss.telemetry import no_telemetry
 from fastoss.training.progress import Console, rank
 
 # The environment variables without which a tracker would stop and ask; those under which it records without them.
@@ -51,9 +52,9 @@ class Trackers:
         self.open: dict[str, tuple[Any, dict[str, int]]] = {}  # by name: the record, and the last step of each metric it held
         if rank() != 0 or not names:
             return
-        from fastoss.training.tracker_records import RECORDS, Story, quiet_libraries
+        from fastoss.training.tracker_records import RECORDS, Story
 
-        quiet_libraries()
+        no_telemetry()
         manifest = read_json(run.manifest)
         story = Story(
             root=run.root, project=recipe.log.project, name=recipe.name, run_id=manifest["run_id"], ids=dict(manifest.get("trackers") or {}),
