@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,11 @@ class Trackers:
         )  # fmt: skip
         written = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
         for name in names:
-            self._try(name, lambda name=name: self._begin(name, RECORDS[name](story), written))
+            self._try(name, partial(self._begin, name, RECORDS[name], story, written))
         write_json(run.manifest, read_json(run.manifest) | {"trackers": story.ids})
 
-    def _begin(self, name: str, record: Any, written: list[dict[str, Any]]) -> None:
+    def _begin(self, name: str, kind: Callable[[Any], Any], story: Any, written: list[dict[str, Any]]) -> None:
+        record = kind(story)
         self.open[name] = (record, record.held())
         for entry in written:
             self._log(name, entry["step"], entry)
@@ -73,7 +75,7 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Hand a line of metrics.jsonl on."""
         for name in list(self.open):
-            self._try(name, lambda name=name: self._log(name, step, values))
+            self._try(name, partial(self._log, name, step, values))
 
     def _log(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         record, held = self.open[name]
@@ -83,7 +85,7 @@ class Trackers:
 
     def close(self, *, finished: bool) -> None:
         for name in list(self.open):
-            self._try(name, lambda name=name: self.open[name][0].close(finished))
+            self._try(name, partial(self.open[name][0].close, finished))
         self.open.clear()
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
