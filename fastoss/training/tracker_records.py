@@ -187,7 +187,7 @@ class Trackio:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        self.storage, self.project = SQLiteStorage, story.project
+        self.trackio, self.storage, self.project = trackio, SQLiteStorage, story.project
         if "trackio" not in story.ids:
             taken = {record["name"] for record in SQLiteStorage.get_run_records(story.project)}
             story.ids["trackio"] = f"{story.name}-{story.run_id}" if story.name in taken else story.name
@@ -209,7 +209,7 @@ class Trackio:
 
     def close(self, finished: bool) -> None:
         with _unnoticed():
-            self.run.finish()
+            self.trackio.finish()  # not the run's own: the module would end it once more when the process does
 
 
 class Mlflow:
