@@ -119,7 +119,7 @@ class Uploads(http.server.BaseHTTPRequestHandler):
         assert self.headers["Authorization"] == "Bearer hf_secret"
         if self.path == "/api/repos/create":
             self.made.append(json.loads(body))
-            self._send(200, {"url": "http://hub/tester/test", "name": "tester/test"})
+            self._send(200, {"url": f"http://{self.headers['Host']}/tester/mine", "name": "tester/mine"})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             self._send(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]})
@@ -131,7 +131,10 @@ class Uploads(http.server.BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.stored[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self._send(200, {"success": True, "commitOid": COMMIT, "commitUrl": f"http://hub/tester/test/commit/{COMMIT}", "hookOutput": ""})
+            self._send(
+                200,
+                {"success": True, "commitOid": COMMIT, "commitUrl": f"http://{self.headers['Host']}/tester/mine/commit/{COMMIT}", "hookOutput": ""},
+            )
         else:
             self._send(200, {"errors": [], "warnings": []})  # the card's head is checked by the hub
 

@@ -77,7 +77,7 @@ def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()):
         for key, value in entry.items():
-            if key not in ("step", "seconds"):
+            if key not in ("step", "seconds") and isinstance(value, int | float):
                 name = key.replace("eval_", "eval/", 1) if key.startswith("eval_") else f"train/{key}"
                 found.setdefault(name, []).append((entry["step"], float(value)))
     return found

@@ -34,11 +34,12 @@ cd {folder} || exit 1{venv}
 {prepare}
 {command} &
 training=$!
-trap 'kill -USR1 "$training"' USR1
-trap 'kill -TERM "$training"' TERM
-code=0
-while kill -0 "$training" 2>/dev/null; do
-    wait "$training" && code=0 || code=$?  # a signal ends `wait`, not the training
+trap 'kill -USR1 "$training" && again=1' USR1
+trap 'kill -TERM "$training" && again=1' TERM
+again=1
+while [ "$again" -eq 1 ]; do
+    again=0
+    wait "$training" && code=0 || code=$?  # a signal ends `wait`, not the training: then it is waited for again
 done
 
 if [ "$code" -eq {stopped} ]; then

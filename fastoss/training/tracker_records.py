@@ -76,7 +76,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A W&B run under the run's own id; offline, each start has a folder, and `wandb sync --append` makes one run of them."""
+    """A W&B run under the run's own id; offline, each start has a folder with that id, for `wandb sync`."""
 
     def __init__(self, story: Story):
         import wandb
@@ -133,7 +133,7 @@ def _note_row(last: dict[str, int], row: dict[str, Any]) -> None:
 
 
 class SwanLab:
-    """A SwanLab experiment under the run's own id; offline, each start has a folder, and `swanlab sync` puts them together."""
+    """A SwanLab experiment under the run's own id; offline, each start has a folder with that id, for `swanlab sync`."""
 
     def __init__(self, story: Story):
         import swanlab
