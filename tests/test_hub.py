@@ -166,7 +166,7 @@ def test_an_adapter_is_pushed_after_training_and_a_failed_push_costs_nothing(fol
     server.shutdown()
     assert again.code == 0, again.err
     assert again.out.strip().endswith("/tester/mine")
-    assert Uploads.made[-1] | {"name": "mine", "organization": "tester", "private": True} == Uploads.made[-1]
+    assert Uploads.made[-1] | {"name": "mine", "organization": "tester", "visibility": "private"} == Uploads.made[-1]
     assert {"adapter_model.safetensors", "adapter_config.json", "fastoss.json", "verification.json"} <= Uploads.stored.keys()
     assert b"# test (LoRA adapter)" in Uploads.stored["README.md"]
     assert b"hf_secret" not in b"".join(Uploads.stored.values())
