@@ -165,7 +165,7 @@ def ours(rows: list[Pair], folder: Path, **dpo: Any) -> dict[str, Any]:
         writer=CheckpointWriter(run, 1, console.say), total_steps=len(batches),
     )  # fmt: skip
     model, meter = small_model(), Meter()
-    arguments = dpo_config(recipe, run, plan, recompute=False, trackers=[])
+    arguments = dpo_config(recipe, run, plan, recompute=False)
     trainer = HarmonyDPOTrainer(training, model=model, args=arguments, processing_class=_tokenizer())
     trainer.add_callback(meter.callback)
     _without_saving(trainer)

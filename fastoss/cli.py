@@ -17,6 +17,7 @@ import fastoss
 from fastoss import cli_answers, terminal
 from fastoss.cli_answers import LogJson
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError, Stopped
+from fastoss.telemetry import no_telemetry
 
 if TYPE_CHECKING:
     from fastoss.config import Recipe
@@ -51,6 +52,10 @@ def train(
     set: Overrides = None,
     sample: UseSample = False,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="Train in N processes, one a GPU (on the CPU where there is none).")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="M", min=1, help="Machines that train together; each runs this command.")] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where they meet: the first one's name and a free port.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The run directory, instead of runs/<name>.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; train nothing.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew instead of going on.")] = False,
@@ -72,13 +77,13 @@ def train(
     if dry_run:
         from fastoss.training.plan import dry_run_lines
 
-        for line in dry_run_lines(resolved, run, sample=sample, gpus=gpus or 1):
+        for line in dry_run_lines(resolved, run, sample=sample, gpus=(gpus or 1) * nodes):
             typer.echo(line)
         return
-    if gpus is not None and "RANK" not in os.environ:
-        _train_in_processes(resolved, run, gpus, sample, ignore_plan)
+    if (gpus is not None or nodes > 1 or rendezvous) and "RANK" not in os.environ:
+        _train_in_processes(resolved, run, gpus or 1, sample, ignore_plan, nodes, rendezvous)
         return
-    if gpus is not None and gpus != int(os.environ.get("WORLD_SIZE", "1")):
+    if gpus is not None and gpus * nodes != int(os.environ.get("WORLD_SIZE", "1")):
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
     from fastoss.training.train import train as train_recipe
 
@@ -86,12 +91,13 @@ def train(
     train_recipe(resolved, recipe, run, sample=sample, **again, command=shlex.join(["fastoss", *sys.argv[1:]]))
 
 
-def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool, ignore_plan: bool) -> None:
-    from fastoss.training.launch import launch
+def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool, ignore_plan: bool, nodes: int, rendezvous: str | None) -> None:
+    from fastoss.training.launch import check_rendezvous, launch
     from fastoss.training.train import check_before_launch
 
-    check_before_launch(recipe, run, gpus, sample=sample, ignore_plan=ignore_plan)
-    raise typer.Exit(launch(sys.argv[1:], gpus, run))
+    check_rendezvous(nodes, rendezvous)
+    check_before_launch(recipe, run, gpus, nodes=nodes, sample=sample, ignore_plan=ignore_plan)
+    raise typer.Exit(launch(sys.argv[1:], gpus, run, nodes=nodes, rendezvous=rendezvous))
 
 
 @app.command()
@@ -293,17 +299,24 @@ def bench(
 def slurm(
     recipe: RecipePath,
     set: Overrides = None,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="GPUs of the node, a process each.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="GPUs of each node, a process each.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="M", min=1, help="Nodes that train together; the run directory must be seen by all.")] = 1,
+    cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", min=1, help="CPU cores of each node.")] = None,
+    array: Annotated[
+        list[str] | None, typer.Option("--array", metavar="KEY=[V, V]", help="A job for each value (for each combination, given several times).")
+    ] = None,
     time: Annotated[str, typer.Option("--time", metavar="T", help="The job's time limit, as sbatch takes it.")] = "08:00:00",
     partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="The partition to queue in.")] = None,
     venv: Annotated[Path | None, typer.Option("--venv", metavar="PATH", help="A virtual environment to activate first.")] = None,
 ) -> None:
     """Print a batch script for SLURM that saves ahead of the time limit and queues itself again."""
     from fastoss.config import load_recipe
-    from fastoss.training.slurm import sbatch_script
+    from fastoss.training.slurm import combinations, sbatch_script
 
     name = load_recipe(recipe, set or ()).name
-    typer.echo(sbatch_script(recipe, name, gpus=gpus, time=time, partition=partition, venv=venv, changes=set or ()), nl=False)
+    sweep = combinations(recipe, set or (), array or ())
+    script = sbatch_script(recipe, name, gpus=gpus, time=time, nodes=nodes, cpus=cpus, partition=partition, venv=venv, changes=set or (), sweep=sweep)
+    typer.echo(script, nl=False)
 
 
 @app.command()
@@ -366,6 +379,7 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point: errors become one clear message and an exit code; a traceback only with --debug."""
+    no_telemetry()
     try:
         app(prog_name="fastoss")
     except FastossError as error:

@@ -222,9 +222,26 @@ class SampleSettings(_Section):
     max_new_tokens: int = Field(256, ge=1)
 
 
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
+
+
+def _trackers(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if not isinstance(value, list | tuple):
+        raise ValueError('should be "auto" or a list of trackers, such as ["tensorboard"]')
+    unknown = [name for name in value if name not in TRACKERS]
+    if unknown:
+        raise ValueError(f"names the unknown tracker {unknown[0]!r}; the trackers are {', '.join(TRACKERS)}")
+    return tuple(dict.fromkeys(value))
+
+
+TrackerNames = Annotated[Literal["auto"] | tuple[Literal["tensorboard", "wandb", "swanlab", "trackio", "mlflow"], ...], BeforeValidator(_trackers)]
+
+
 class LogSettings(_Section):
     every: int = Field(5, ge=1, description="steps between lines on the terminal; metrics.jsonl and trackers get every step")
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "swanlab", "trackio", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    trackers: TrackerNames = Field((), description='where the figures go as well; "auto": those whose key is set in the environment')
     project: str = "fastoss"
 
 
@@ -236,8 +253,8 @@ class DistributedSettings(_Section):
 
 
 class HubSettings(_Section):
-    push: bool = False
-    repo: str | None = None
+    push: bool = Field(False, description="upload the adapter with a model card after training, when HF_TOKEN is set")
+    repo: str | None = Field(None, description="the repository, such as \"{HF_USER}/catgirl\"; the token's owner and the recipe's name unless given")
 
 
 class Recipe(_Section):

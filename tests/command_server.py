@@ -61,6 +61,9 @@ def ended(pid: int, timeout: float) -> int | None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print
+    from fastoss.telemetry import no_telemetry
+
+    no_telemetry()  # as the command line does, before the imports
     import torch
 
     torch.set_num_threads(1)

@@ -83,7 +83,9 @@ def test_resolved_recipe_comes_back(tmp_path):
         (BASE + "[dpo]\nbeta = 0.2\n", (), 'error: r.toml:6: `[dpo]` belongs to method = "dpo", and this recipe says method = "sft"'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available in this version'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available'),
-        (BASE, ("hub.push=true",), "error: --set hub.push=true: `hub.push = true` is not available in this version"),
+        (BASE, ("hub.push=true", "hub.repo=a/b/c"), "error: --set hub.repo=a/b/c: `a/b/c` is no repository's name"),
+        (BASE, ('log.trackers=["wandbb"]',), "names the unknown tracker 'wandbb'"),
+        (BASE, ("log.trackers=always",), 'should be "auto" or a list of trackers'),
         (
             BASE + "[train]\ntokens_per_batch = 8192\nper_device_train_batch_size = 2\n",
             (),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -99,3 +101,88 @@ def test_no_network(folder, tmp_path, offline):
     assert f"error: model.name = {REPO}: {REPO} is not in the hub's cache, and the hub cannot be reached" in result.err
     assert "hint: check the network" in result.err
     assert "Traceback" not in result.err
+
+
+class Uploads(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as an upload takes: who it is, a repository, and one commit with its files. The first commit fails."""
+
+    stored: ClassVar[dict[str, bytes]] = {}
+    made: ClassVar[list[dict]] = []
+    refused: ClassVar[int] = 0
+
+    def do_GET(self) -> None:
+        answer = {"name": "tester", "type": "user"} if self.path.startswith("/api/whoami") else {"id": "tester/test", "sha": COMMIT, "siblings": []}
+        self._send(200, answer)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.headers["Authorization"] == "Bearer hf_secret"
+        if self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            self._send(200, {"url": f"http://{self.headers['Host']}/tester/mine", "name": "tester/mine"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self._send(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]})
+        elif "/commit/" in self.path and not Uploads.refused:
+            Uploads.refused = 1
+            self._send(403, {"error": "this hub is read-only today"})
+        elif "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.stored[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self._send(
+                200,
+                {"success": True, "commitOid": COMMIT, "commitUrl": f"http://{self.headers['Host']}/tester/mine/commit/{COMMIT}", "hookOutput": ""},
+            )
+        else:
+            self._send(200, {"errors": [], "warnings": []})  # the card's head is checked by the hub
+
+    def _send(self, status: int, answer: dict) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_adapter_is_pushed_after_training_and_a_failed_push_costs_nothing(folder, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Uploads)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
+    command = ("train", folder.recipe, "--output", "run", "--set", "hub.push=true", "--set", "hub.repo={HF_USER}/mine", "--set", "train.max_steps=2")
+    result = fastoss(*command, cwd=tmp_path, **home)
+    assert result.code == 0, "the run is what it was"
+    assert "note: the adapter was not pushed: the push failed: " in result.err, result.err
+    assert "this pushes it: fastoss push run" in result.err
+    assert Uploads.stored == {}
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert adapter.is_file()
+    again = fastoss("push", "run", cwd=tmp_path, **home)
+    server.shutdown()
+    assert again.code == 0, again.err
+    assert again.out.strip().endswith("/tester/mine")
+    assert Uploads.made[-1] | {"name": "mine", "organization": "tester", "visibility": "private"} == Uploads.made[-1]
+    assert {"adapter_model.safetensors", "adapter_config.json", "fastoss.json", "verification.json"} <= Uploads.stored.keys()
+    assert b"# test (LoRA adapter)" in Uploads.stored["README.md"]
+    assert b"hf_secret" not in b"".join(Uploads.stored.values())
+    assert "hf_secret" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_without_a_token_nothing_is_pushed_and_the_run_says_so(folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    from fastoss.config import load_recipe
+    from fastoss.run import RunDirectory
+    from fastoss.training.push import push_adapter, say_before
+
+    said: list[str] = []
+    recipe = load_recipe(folder.recipe, ["hub.push=true"])
+    console = SimpleNamespace(say=said.append)
+    say_before(recipe, console)
+    push_adapter(recipe, RunDirectory(folder.root), console)
+    assert "there is no token for the hub (HF_TOKEN)" in said[0]
+    assert said[1].endswith(f"this pushes it: fastoss export {folder.root} --format adapter --push '{{HF_USER}}/test'")

@@ -391,18 +391,6 @@ def test_training_starts_from_another_runs_adapter(folder):
     assert (missing.code, "nowhere: there is no such run or adapter" in missing.err) == (2, True)
 
 
-def test_tensorboard_records_and_a_tracker_without_its_key_is_skipped(folder):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    run = trained(folder, "run", "--set", 'log.trackers=["tensorboard"]')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (file,) = run.rglob("events.out.*")
-    events = EventAccumulator(str(file)).Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run), rel=1e-6)
-    missing, _ = train(folder, "other", "--set", 'log.trackers=["swanlab"]')
-    assert (missing.code, "swanlab is not installed" in missing.err) == (2, True)
-
-
 # --- the recipes that are shipped ---------------------------------------------------------------------------------------------
 
 

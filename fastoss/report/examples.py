@@ -43,7 +43,10 @@ def _sample(entry: dict[str, Any]) -> Html:
         turns = [tag("p", tag("b", message["role"]), " ", words(str(message["content"]), "span"), class_="turn") for message in earlier]
         asked.append(tag("details", tag("summary", f"{len(earlier)} earlier message{'' if len(earlier) == 1 else 's'}"), *turns))
     asked.append(words(str(last["content"])))
-    answers = [_reply("Before", str(entry.get("start") or "the base model"), entry, entry.get("before")), _reply("After", "this run", entry, entry.get("after"))]
+    answers = [
+        _reply("Before", str(entry.get("start") or "the base model"), entry, entry.get("before")),
+        _reply("After", "this run", entry, entry.get("after")),
+    ]
     expected = entry.get("expected")
     if expected and not is_expected(entry, entry.get("after")):
         answers.append(_reply("In the data", "held out of training" if entry.get("held_out") else "what training shows", entry, expected))

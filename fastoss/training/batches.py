@@ -80,3 +80,9 @@ def eval_units(recipe: Recipe, dataset: Dataset) -> Units:
     if recipe.method == "dpo":
         return pair_units(dataset.eval, weights, trees=batch_rule(recipe).layout == "packed")
     return single_units(dataset.eval, weights)
+
+
+def tokens_by_process(units: Units, schedule: Schedule, ranks: int) -> list[int]:
+    """Tokens that each process computes in the whole run, fillers included: micro-batch `i` is that of process `i % ranks`."""
+    sizes = [sum(units.lengths[i] for i in members) for members in schedule.batches]
+    return [sum(sizes[first::ranks]) for first in range(ranks)]

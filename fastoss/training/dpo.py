@@ -36,12 +36,12 @@ from fastoss.training.scheduled import BROKEN_HINT, ScheduledTrainer, Training, 
 Pairs = Sequence[Sequence[Example]]  # each [chosen, rejected]
 
 
-def dpo_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> DPOConfig:
+def dpo_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool) -> DPOConfig:
     """The recipe in TRL's words. Steps, saving and evaluation are decided by our schedule, not by these arguments."""
     assert recipe.dpo is not None
     dpo = recipe.dpo
     return DPOConfig(
-        **common_arguments(recipe, run, plan, recompute=recompute, trackers=trackers),
+        **common_arguments(recipe, run, plan, recompute=recompute),
         beta=dpo.beta,
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights) if dpo.loss_weights else None,

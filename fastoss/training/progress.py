@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
+        self.follow: Callable[[int, dict[str, Any]], None] | None = None  # told of each line that is written
         self.best: dict[str, Any] | None = None  # the lowest held-out loss so far, and its step
         kept = []
         if resume_step and path.is_file():
@@ -101,6 +103,8 @@ class MetricsFile:
         if rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            if self.follow is not None:
+                self.follow(step, values)
 
 
 def draw_curves(run: RunDirectory, console: Console) -> None:

@@ -85,6 +85,7 @@ def opened(
         before = read_json(run.manifest) if run.manifest.is_file() else {}
         begun = {
             "run_id": before.get("run_id") or secrets.token_hex(8),  # by which trackers know a run that goes on
+            "trackers": before.get("trackers", {}),  # the ids that the libraries gave it
             "started": [*before.get("started", []), time.strftime("%Y-%m-%dT%H:%M:%S%z")],
             "resumed_after_step": [*before.get("resumed_after_step", []), *([checkpoint_step(checkpoint)] if checkpoint else [])],
             "ends": before.get("ends", []),  # of the starts above; one that was killed has none

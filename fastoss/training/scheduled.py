@@ -74,7 +74,7 @@ class Training:
         return sum(map(sum, lengths)) / room if room else 0.0
 
 
-def common_arguments(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> dict[str, Any]:
+def common_arguments(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool) -> dict[str, Any]:
     """What all of TRL's configurations are told alike."""
     train = recipe.train
     gpu = plan.device == "gpu"
@@ -108,9 +108,7 @@ def common_arguments(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, reco
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "eval_strategy": "no",
-        "report_to": trackers or "none",
-        "run_name": recipe.name,
-        "project": recipe.log.project,
+        "report_to": "none",  # trackers are told from metrics.jsonl, each step once (trackers.py)
         "disable_tqdm": True,
         "dataloader_pin_memory": gpu,
         "remove_unused_columns": False,

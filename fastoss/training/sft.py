@@ -26,10 +26,10 @@ from fastoss.training.progress import rank, world_size
 from fastoss.training.scheduled import BROKEN_HINT, ScheduleCollator, ScheduledTrainer, Training, common_arguments, one_card
 
 
-def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool, trackers: list[str]) -> SFTConfig:
+def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool) -> SFTConfig:
     """The recipe in TRL's words. Steps, saving and evaluation are decided by our schedule, not by these arguments."""
     return SFTConfig(
-        **common_arguments(recipe, run, plan, recompute=recompute, trackers=trackers),
+        **common_arguments(recipe, run, plan, recompute=recompute),
         # Unsloth on a GPU fuses head and loss in its own kernels; elsewhere it is ours (see HarmonySFTTrainer).
         loss_type="nll" if plan.device == "gpu" and plan.backend == "unsloth" else "chunked_nll",
         router_aux_loss_coef=0.0,

@@ -21,7 +21,7 @@ from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tok
 from fastoss.model.cards import Card, cards_found
 from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
-from fastoss.training.batches import batch_lines, batch_rule, eval_units, plan_batches, steps_of
+from fastoss.training.batches import batch_lines, batch_rule, eval_units, plan_batches, steps_of, tokens_by_process
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
 from fastoss.training.disk import check_room, disk_full
 from fastoss.training.ending import ending, keep_profile
@@ -29,10 +29,11 @@ from fastoss.training.fit import check_fits
 from fastoss.training.launch import check_gpus
 from fastoss.training.measure import MemoryMeter
 from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
+from fastoss.training.push import push_adapter, say_before
 from fastoss.training.resume import opened, run_facts
 from fastoss.training.run_plan import RunPlan, note_measured, plan_run, write_plan
 from fastoss.training.signals import end_with_parent
-from fastoss.training.trackers import prepare_trackers
+from fastoss.training.trackers import Trackers, usable_trackers
 from fastoss.training.watchdog import Watchdog
 
 
@@ -53,7 +54,8 @@ def train(
     plan = plan_model(recipe.model, gpu=has_gpu())
     _check_processes(recipe, plan, world_size())
     start_adapter = _start_adapter(recipe, plan)
-    trackers = prepare_trackers(recipe.log, run, console)
+    trackers = usable_trackers(recipe.log, console)
+    say_before(recipe, console)
     console.say(f"{recipe.name}: {plan.line()}")
     for note in plan.notes:
         console.say(f"note: {note}")
@@ -62,12 +64,15 @@ def train(
         console.say(line)
     _check_weights(dataset, plan)
     layout, units, schedule = plan_batches(recipe, plan, dataset, world_size())
-    facts = run_facts(recipe, plan, dataset, layout) | {"sample": sample}
+    shares = tokens_by_process(units, schedule, world_size())
+    facts = run_facts(recipe, plan, dataset, layout) | {"sample": sample, "tokens_by_process": shares}
     with opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite, override=override_resume) as unfinished:
         if not unfinished:
             return run
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
+        if world_size() > 1:
+            console.say(f"tokens of each process: {min(shares):,} to {max(shares):,}, in balance to {min(shares) / max(shares):.1%}")
         needs = plan_run(recipe, plan, dataset, layout, units, schedule, ranks=world_size(), card=_card(plan))
         for line in needs.lines() if needs.card else []:
             console.say(line)
@@ -78,21 +83,23 @@ def train(
         with ending(run, console):
             keep_profile(run, dataset, recipe, command)
             _train_model(recipe, run, plan, needs, dataset, layout, units, schedule, console, trackers, start_adapter)
+    if recipe.hub.push and rank() == 0:
+        push_adapter(recipe, run, console)
     return run
 
 
-def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, sample: bool = False, ignore_plan: bool = False) -> None:
-    """Find bad input before any process is started. Raises `FastossError`."""
+def check_before_launch(recipe: Recipe, run: RunDirectory, gpus: int, *, nodes: int = 1, sample: bool = False, ignore_plan: bool = False) -> None:
+    """Find bad input before any process is started: `gpus` here, on each of `nodes` machines. Raises `FastossError`."""
     import torch
 
     check_gpus(gpus, available=torch.cuda.device_count())
     plan = plan_model(recipe.model, gpu=has_gpu())
-    _check_processes(recipe, plan, gpus)
+    _check_processes(recipe, plan, gpus * nodes)
     _start_adapter(recipe, plan)
-    prepare_trackers(recipe.log, run, Console(quiet=True))
     dataset = build_dataset(recipe, sample=sample)
     if plan.device == "gpu":
-        needs = plan_run(recipe, plan, dataset, *plan_batches(recipe, plan, dataset, gpus), ranks=gpus, card=_card(plan))
+        ranks = gpus * nodes
+        needs = plan_run(recipe, plan, dataset, *plan_batches(recipe, plan, dataset, ranks), ranks=ranks, card=_card(plan))
         check_fits(needs, recipe, ignore=ignore_plan)
 
 
@@ -153,7 +160,6 @@ def _train_model(
     from fastoss.training.samples import Samples
     from fastoss.training.scheduled import Training
     from fastoss.training.signals import StopRequest
-    from fastoss.training.tracker_guard import guard_trackers
 
     checkpoint = latest_checkpoint(run)
     samples = Samples(recipe, run, dataset, console)
@@ -167,7 +173,7 @@ def _train_model(
         layout=layout, stop=stop, watchdog=watchdog, writer=CheckpointWriter(run, recipe.checkpoint.keep, console.say),
         total_steps=steps_of(schedule, recipe, world_size()), replies=samples.answer_during if recipe.eval.replies else None,
     )  # fmt: skip
-    settings: dict[str, Any] = {"recompute": recompute, "trackers": trackers}
+    settings: dict[str, Any] = {"recompute": recompute}
     if recipe.method == "dpo":
         from fastoss.training.dpo import HarmonyDPOTrainer, check_first_pairs, dpo_config
         from fastoss.training.reference import reference_logps
@@ -182,7 +188,6 @@ def _train_model(
 
         trainer = HarmonySFTTrainer(training, model=model, args=sft_config(recipe, run, plan, **settings), processing_class=load_chat_tokenizer(plan))
     trainer.pop_callback(_printer())
-    guard_trackers(trainer, console)
     ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
     if recipe.method == "sft":
         check_first_batch(trainer, HarmonyRenderer(recipe.format))
@@ -191,16 +196,20 @@ def _train_model(
     _agree_on_checkpoint(checkpoint_step(checkpoint) if checkpoint else 0)
     if checkpoint:
         console.say(f"going on from {checkpoint.name}")
+    records = Trackers(trackers, recipe, run, console)
+    training.metrics.follow = records.log
     begun = time.monotonic()
-    stop.watch()
+    stop.watch()  # after the trackers, which have handlers of their own
     watchdog.watch()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         training.writer.wait()
     except Exception as problem:
+        records.close(finished=False)
         stop.restore(ended_well=False)
         draw_curves(run, console)
         raise _told(problem, trainer, run) from problem
+    records.close(finished=trainer.state.global_step == training.total_steps)
     stop.restore(ended_well=True)
     watchdog.rest()
     draw_curves(run, console)

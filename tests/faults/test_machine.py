@@ -183,7 +183,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(fresh: Place, prepared: Prep
     place = str(fresh.root / "occupied" / "deep")
     result = fresh.again("--set", 'log.trackers=["tensorboard"]', TENSORBOARD_LOGGING_DIR=place)
     assert result.code == 0, result.err
-    assert "note: TensorBoard failed (" in result.err
+    assert "note: tensorboard failed (" in result.err
     assert "the run goes on without it, metrics.jsonl has every figure" in result.err
     same_end(fresh.run, prepared.whole)
 

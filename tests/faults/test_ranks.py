@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from fastoss.run import RunDirectory
 from fastoss.training.checkpoint import checkpoint_fault, list_checkpoints
 
 from ..conftest import ROOT, losses, metrics
-from .conftest import CHANGES, SLOW, Place
+from .conftest import CHANGES, SLOW, STEPS, Place
 
 TIMEOUT = 20
 SETTINGS = ("--set", "checkpoint.every=1", "--set", f"distributed.ddp_timeout={TIMEOUT}")
@@ -135,3 +137,31 @@ def test_signals_kills_and_stalls_of_ranks(fresh: Place, expected):
     done = subprocess.run([sys.executable, "-m", "fastoss", *COMMAND], cwd=fresh.root, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert losses(fresh.run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_machines_train_one_run_and_a_signal_to_one_stops_both(fresh: Place, expected):
+    """Two launchers that meet, as on two nodes of a cluster; SIGUSR1 to one of them, as from a scheduler; and the same commands again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    changes = (*CHANGES, *SETTINGS, "--gpus", "1", "--nodes", "2", "--rendezvous", f"localhost:{port}")
+    (fresh.root / "slow").mkdir()
+    (fresh.root / "slow" / "sitecustomize.py").write_text(f"import os\nif 'RANK' in os.environ:\n    exec({SLOW!r})\n")
+
+    def start_both(path: str) -> list[subprocess.Popen]:
+        command = [sys.executable, "-m", "fastoss", "train", "recipe.toml", "--output", "run", *changes]
+        environment = os.environ | {"PYTHONPATH": path}
+        logs = [open(fresh.root / name, "a") for name in ("log", "log-2")]  # noqa: SIM115
+        return [subprocess.Popen(command, cwd=fresh.root, env=environment, stdout=log, stderr=log) for log in logs]
+
+    both = start_both(f"{fresh.root / 'slow'}:{ROOT}")
+    wait_for_step(fresh, 2, both[0])
+    both[1].send_signal(signal.SIGUSR1)
+    assert [process.wait(90) for process in both] == [75, 75], told(fresh)
+    check_left(fresh)
+    assert len(losses(fresh.run)) < STEPS
+    both = start_both(str(ROOT))
+    assert [process.wait(180) for process in both] == [0, 0], told(fresh)
+    assert losses(fresh.run) == pytest.approx(expected, rel=1e-5)
+    manifest = json.loads((fresh.run / "manifest.json").read_text())
+    assert manifest["world_size"] == len(manifest["tokens_by_process"]) == 2
+    assert "tokens of each process: " in told(fresh)
