@@ -81,7 +81,7 @@ def train(
             typer.echo(line)
         return
     if (gpus is not None or nodes > 1 or rendezvous) and "RANK" not in os.environ:
-        _train_in_processes(resolved, run, gpus or 1, sample, nodes, rendezvous, ignore_plan)
+        _train_in_processes(resolved, run, gpus or 1, sample, ignore_plan, nodes, rendezvous)
         return
     if gpus is not None and gpus * nodes != int(os.environ.get("WORLD_SIZE", "1")):
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
@@ -91,7 +91,7 @@ def train(
     train_recipe(resolved, recipe, run, sample=sample, **again, command=shlex.join(["fastoss", *sys.argv[1:]]))
 
 
-def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool, nodes: int, rendezvous: str | None, ignore_plan: bool) -> None:
+def _train_in_processes(recipe: Recipe, run: RunDirectory, gpus: int, sample: bool, ignore_plan: bool, nodes: int, rendezvous: str | None) -> None:
     from fastoss.training.launch import check_rendezvous, launch
     from fastoss.training.train import check_before_launch
 

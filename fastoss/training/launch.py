@@ -9,14 +9,17 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastoss.errors import EXIT_RUN_FAILED, EXIT_STOPPED, FastossError
-from fastoss.run import RunDirectory
+from fastoss.run import RunDirectory, read_json
 from fastoss.training.checkpoint import latest_checkpoint
 from fastoss.training.progress import Console
+
+_LAST_WORDS_S = 60  # process 0 writes the run's report and how it ended
 
 
 def check_gpus(gpus: int, *, available: int) -> None:
@@ -41,6 +44,7 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
     """Run `fastoss ARGUMENTS` in `gpus` processes of each of `nodes` machines through torchrun's own launcher; returns the run's exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, said here so that it does not warn
@@ -52,11 +56,17 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
         rdzv_endpoint=meeting, max_restarts=0, monitor_interval=0.1, signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     )  # fmt: skip
     _quiet_launcher()
-    before = latest_checkpoint(run, contents=False)
+    before, ends = latest_checkpoint(run, contents=False), _ends(run)
     try:
         with _usr1_handed_on():
             elastic_launch(config, sys.executable)("-m", "fastoss", *arguments)
+    except RendezvousError:
+        # The machine that holds the meeting was done first; how the run ended, process 0 has written down.
+        how = _wait_for_end(run, ends) if nodes > 1 else None
+        return {"finished": 0, "stopped": EXIT_STOPPED}.get(how or "", EXIT_RUN_FAILED)
     except ChildFailedError as failed:
+        if nodes > 1:
+            _wait_for_end(run, ends)  # the meeting lives in one of the launchers: none leaves while process 0 still writes
         codes = [failure.exitcode for failure in failed.failures.values()]
         known = [code for code in codes if code > 1]
         first = min(
@@ -72,6 +82,26 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
         Console().say("stopped before anything new was saved; the same command begins at the last checkpoint")
         return 128 + int(stopped.sigval)
     return 0
+
+
+def _ends(run: RunDirectory) -> list[dict[str, Any]]:
+    """How each start of the run ended, as its manifest tells."""
+    try:
+        ends: list[dict[str, Any]] = read_json(run.manifest).get("ends", [])
+    except FastossError:
+        return []
+    return ends
+
+
+def _wait_for_end(run: RunDirectory, before: Sequence[Any]) -> str | None:
+    """How this start ended: finished, stopped, failed; None when nothing says so within a minute (process 0 was killed)."""
+    until = time.monotonic() + _LAST_WORDS_S
+    while time.monotonic() < until:
+        ends = _ends(run)
+        if len(ends) > len(before):
+            return str(ends[-1]["how"])
+        time.sleep(0.2)
+    return None
 
 
 @contextlib.contextmanager

@@ -64,14 +64,14 @@ def train(
         console.say(line)
     _check_weights(dataset, plan)
     layout, units, schedule = plan_batches(recipe, plan, dataset, world_size())
-    facts = run_facts(recipe, plan, dataset, layout) | {"sample": sample, "tokens_by_process": tokens_by_process(units, schedule, world_size())}
+    shares = tokens_by_process(units, schedule, world_size())
+    facts = run_facts(recipe, plan, dataset, layout) | {"sample": sample, "tokens_by_process": shares}
     with opened(run, recipe, recipe_path, facts, console, resume=resume, overwrite=overwrite, override=override_resume) as unfinished:
         if not unfinished:
             return run
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
         if world_size() > 1:
-            shares = facts["tokens_by_process"]
             console.say(f"tokens of each process: {min(shares):,} to {max(shares):,}, in balance to {min(shares) / max(shares):.1%}")
         needs = plan_run(recipe, plan, dataset, layout, units, schedule, ranks=world_size(), card=_card(plan))
         for line in needs.lines() if needs.card else []:
