@@ -66,16 +66,20 @@ class Demo:
 
     def _asked(self, talk: Talk, text: str, asking: Asking, before: list[Any]) -> Iterator[tuple[Any, ...]]:
         turns = len(talk.turns)
+        asked = False
         try:
             with self.models.using() as engine:
                 for number, _ in enumerate(talk.ask(engine, text, asking, self.limits, before)):
+                    asked = True
                     yield self._picture(talk, live=True, whole=number == 0)
         except FastossError as problem:
-            if len(talk.turns) == turns:  # nothing was asked: the question stays in the box
+            if not asked:  # the question stays in the box
+                del talk.turns[turns:]
                 yield self._picture(talk, box=text, note=_words(problem))
                 return
             talk.turns[-1].replies[-1].state, talk.turns[-1].replies[-1].fault = "failed", problem.fact
-        self.log(talk.turns[-1])
+        if len(talk.turns) > turns:  # else a new chat was begun meanwhile
+            self.log(talk.turns[-1])
         yield self._picture(talk)
 
     def stop(self, request: gr.Request) -> None:
@@ -90,7 +94,7 @@ class Demo:
     def new(self, request: gr.Request) -> tuple[Any, ...]:
         talk = self._talk(request)
         talk.stop()
-        if not talk.busy:
+        with talk.free(seconds=10):
             talk.turns.clear()
         return self._picture(talk)
 
@@ -297,6 +301,7 @@ def build(demo: Demo) -> gr.Blocks:
             changed.then(demo.heading, None, heading, **free)
         page.unload(_bound(demo.end))
     page.queue(max_size=demo.limits.sessions, api_open=False)  # our own bound, of questions that wait, comes long before
+    page._queue.sleep_when_free = 0.02  # it looks for events a thousand times a second otherwise, which keeps a core warm
     page.max_threads = demo.limits.waiting + 32  # each answer under way holds one, waiting ones too
     return page
 

@@ -5,6 +5,7 @@ The page calls it and draws it (view.py); nothing here knows of Gradio.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -192,6 +193,16 @@ class Talk:
         reply = self._reply
         if reply is not None:
             reply.cancel()
+
+    @contextlib.contextmanager
+    def free(self, seconds: float) -> Iterator[None]:
+        """Within it nothing is under way. `FastossError` when a reply does not come to its end in time."""
+        if not self._asking.acquire(timeout=seconds):
+            raise FastossError("the answer under way does not end")
+        try:
+            yield
+        finally:
+            self._asking.release()
 
     def take_back(self) -> Turn | None:
         """Remove the last turn and return it."""
