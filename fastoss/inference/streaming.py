@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from queue import Empty, SimpleQueue
 
@@ -46,12 +47,16 @@ def _tokens(
     """
     said: SimpleQueue[tuple[Sequence[int], int] | BaseException | None] = SimpleQueue()
 
+    def tell(ids: Sequence[int], count: int) -> None:
+        said.put((ids, count))
+        time.sleep(0)  # gives the reader its turn now: else it waits for the interpreter's 5 ms, well into the next token
+
     def run() -> None:
         try:
             with turns.turn(reply.cancelled) as ours:
                 reply.waited_seconds = reply.elapsed()
                 if ours and not reply.cancelled.is_set():
-                    sample(lambda ids, count: said.put((ids, count)))
+                    sample(tell)
             said.put(None)
         except BaseException as problem:  # handed to the reader's thread, which raises it
             said.put(problem)
