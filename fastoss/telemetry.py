@@ -14,3 +14,4 @@ def no_telemetry() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports and usage figures of wandb and its wandb-core
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it counts starts, and looks for new versions

@@ -21,6 +21,7 @@ from fastoss.demo.talk import Turn
 from fastoss.demo.votes import VoteFile
 from fastoss.errors import FastossError
 from fastoss.run import RunDirectory
+from fastoss.telemetry import no_telemetry
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,8 @@ def demo_app(settings: DemoSettings, users: Users | None) -> Guard:
 
 
 def _gradio() -> Any:
-    """Gradio, told before its import to send nothing anywhere: it reports use, and looks for new versions."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    """Gradio; `FastossError` where it is not installed."""
+    no_telemetry()
     try:
         import gradio
     except ImportError:
