@@ -187,7 +187,10 @@ def init(
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The recipe to write, instead of N.toml.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take what the rows suggest.")] = False,
 ) -> None:
-    """Write a commented recipe for your own rows, after looking at them. What is not given is asked for."""
+    """Write a commented recipe for your own rows.
+
+    It looks at them first, and asks for what is not given. Nothing is written over.
+    """
     from fastoss.init.write import Answers, write_recipe
 
     typer.echo(write_recipe(Answers(data, method, card, name, output, yes)))

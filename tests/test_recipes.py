@@ -1,4 +1,4 @@
-"""The recipes that are shipped: their first steps through the command line, their samples, the cards they are meant for, and what docs/recipes.md says of them."""
+"""The recipes that are shipped: their first steps through the command line, their samples, their cards, and what docs/recipes.md says of them."""
 
 from __future__ import annotations
 
@@ -38,24 +38,25 @@ def first_steps(name: str, run: Path, *more: object) -> Result:
     return fastoss("train", path, "--sample", "--output", run, *sets(*changes), *processes, *more, cwd=run.parent, timeout=600)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "quickstart"])
+BEGIN_FROM = {name: Path(adapter).name for name in RECIPES if (adapter := load_recipe(FOLDER / f"{name}.toml").model.adapter)}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("quickstart", *BEGIN_FROM.values())])
 def test_every_recipe_takes_its_first_steps_on_the_tiny_model(name, tmp_path):
-    more, begins_from = (), load_recipe(FOLDER / f"{name}.toml").model.adapter
-    if begins_from:
-        begun = tmp_path / Path(begins_from).name
-        result = first_steps(begun.name, begun)
+    """A recipe that begins from another's run is trained after that one, in one test. The quickstart has a test of its own, to its end."""
+    adapter: tuple[object, ...] = ()
+    for part in (BEGIN_FROM[name], name) if name in BEGIN_FROM else (name,):
+        run = tmp_path / part
+        result = first_steps(part, run, *adapter)
         assert result.code == 0, result.err
-        more = sets(f"model.adapter={begun}")
-    run = tmp_path / "run"
-    result = first_steps(name, run, *more)
-    assert result.code == 0, result.err
-    assert "the tiny model runs in float32 without a GPU" in result.err
-    assert len(losses(run)) == 2
-    assert json.loads((run / "manifest.json").read_text())["world_size"] == PROCESSES.get(name, 1)
+        assert "the tiny model runs in float32 without a GPU" in result.err
+        assert len(losses(run)) == 2
+        assert json.loads((run / "manifest.json").read_text())["world_size"] == PROCESSES.get(part, 1)
+        adapter = tuple(sets(f"model.adapter={run}"))
 
 
 def test_the_sample_says_what_the_hub_set_says():
-    """Multilingual-Thinking has each dialogue twice, flat and as messages: in our rows the two are one conversation, in the language that is named."""
+    """Multilingual-Thinking has each dialogue twice, flat and as messages: ours are one conversation, in the language that is named."""
     rows = [json.loads(line) for line in (FOLDER / "data" / "multilingual.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= 40
     assert len({row["reasoning_language"] for row in rows}) >= 5

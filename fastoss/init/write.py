@@ -1,4 +1,4 @@
-"""`fastoss init`: rows of a person's own → a commented recipe that `fastoss check` accepts. Looks, asks what is not given, plans, and writes. Needs no torch."""
+"""`fastoss init`: rows of a person's own → a commented recipe that `fastoss check` accepts. Looks, asks, plans, and writes; needs no torch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_recipe(answers: Answers) -> Path:
     method = _method(_answer(answers, "method", f"what it is for ({purposes})", _proposed(look), _method))
     if method == "reasoning" and not look.reasoned:
         raise FastossError("no row has reasoning that could be learned", place=data, hint="--method sft; docs/data.md says where reasoning stands")
-    card = _answer(answers, "card", "which card: 24GB, 4090, A100-80, H200, …", _card_here(), lambda text: parse_card(text) and text)
+    card = _answer(answers, "card", "which card: 24GB, 4090, A100-80, H200, …", _card_here(), _card)
     name = _answer(answers, "name", "a name: the run goes to runs/NAME", _name_of(data), _name)
     output = answers.output or Path(f"{name}.toml")
     _refuse_existing(output)
@@ -118,6 +118,11 @@ def _source(text: str) -> str:
             "there is no such file", place=f"--data {text}", hint="a .jsonl, .json, .csv or .parquet file, a folder of them, or hf:NAME"
         )
     return path
+
+
+def _card(text: str) -> str:
+    parse_card(text)
+    return text
 
 
 def _method(text: str) -> Method:
