@@ -32,9 +32,11 @@ def sets(*changes: str) -> list[str]:
 def first_steps(name: str, run: Path, *more: object) -> Result:
     """Two steps on some of the rows: the first one's learning rate is 0, and an adapter that does nothing is none to begin from."""
     path = FOLDER / f"{name}.toml"
-    few = [f"data.{number}.max_rows=24" for number in range(len(load_recipe(path).data))]
+    sources = len(load_recipe(path).data)
+    few = [f"data.{number}.max_rows={16 // sources}" for number in range(sources)]
     changes = ("model.name=tiny", "train.max_steps=2", "samples.max_new_tokens=4", "samples.from_train=1", *few)
-    processes = ("--gpus", PROCESSES[name]) if name in PROCESSES else ()
+    # Two processes with the micro-batches of a step shared out would be eight of them, each on an epoch of so few rows: one each is enough.
+    processes = ("--gpus", PROCESSES[name], *sets("train.gradient_accumulation_steps=1")) if name in PROCESSES else ()
     return fastoss("train", path, "--sample", "--output", run, *sets(*changes), *processes, *more, cwd=run.parent, timeout=600)
 
 

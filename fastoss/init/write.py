@@ -54,7 +54,10 @@ def write_recipe(answers: Answers) -> Path:
     if answers.output is not None:
         _refuse_existing(answers.output)
     data = _answer(answers, "data", "your rows: a file, a folder, or hf:NAME", None, _source)
-    look = look_at(DataSource(source=data))
+    try:
+        look = look_at(DataSource(source=data))
+    except NotCached as missing:
+        raise FastossError(missing.fact, place=data, hint="check the network, or name files of yours") from None
     for line in look.lines():
         say(line)
     purposes = "; ".join(f"{name}: {what}" for name, what in PURPOSES.items())
