@@ -182,6 +182,26 @@ def show(
             typer.echo(line)
 
 
+@app.command()
+def init(
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Your rows: a file, a folder, or a hub's data set (hf:NAME).")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="M", help="sft (chats), dpo (pairs), or reasoning (the language of the reasoning).")
+    ] = None,
+    card: Annotated[str | None, typer.Option("--card", metavar="NAME", help="The card it is for: 24GB, 4090, A100-80, H200, …")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="N", help="The recipe's name: its run goes to runs/N.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The recipe to write, instead of N.toml.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take what the rows suggest.")] = False,
+) -> None:
+    """Write a commented recipe for your own rows.
+
+    It looks at them first, and asks for what is not given. Nothing is written over.
+    """
+    from fastoss.init.write import Answers, write_recipe
+
+    typer.echo(write_recipe(Answers(data, method, card, name, output, yes)))
+
+
 for _command in (cli_answers.chat, cli_answers.generate, cli_answers.evaluate, cli_answers.serve):
     app.command()(_command)
 

@@ -246,7 +246,7 @@ def test_supervised_prefix_is_the_prompt_for_every_shipped_row(path, renderer):
                 parsed = parse_completion(example.input_ids[example.prompt_length :])
                 assert (parsed.thinking, parsed.content, parsed.problems, parsed.stop) == (target.thinking, target.content, [], RETURN)
                 count += 1
-    assert count >= 100
+    assert count >= 40
 
 
 words = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)

@@ -184,7 +184,7 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path: Path):
     whole = check(recipe, "--card", "H200")
     smaller = check(recipe, "--card", f"{(whole['peak_bytes'] + whole['beside_bytes']) / GIB - 0.5:.2f}GB")
     assert [(change["key"], change["old"], change["new"]) for change in smaller["would_fit"]["changes"]] == [
-        ("train.tokens_per_batch", 16384, 8192), ("train.gradient_accumulation_steps", 1, 2),
+        ("train.tokens_per_batch", 8192, 4096), ("train.gradient_accumulation_steps", 2, 4),
     ], "the same global batch, and no more than is needed"  # fmt: skip
     fast = check(recipe, "--card", "H200", "--price", 2)
     assert fast["fits"]
@@ -225,7 +225,7 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded():
     assert refused.value.exit_code == 2
     assert "--ignore-plan" in str(refused.value)
     check_fits(plan, recipe, ignore=True)
-    doubtful = judge(load_recipe(ROOT / "recipes" / "catgirl.toml"), dataset, card="24GB").plan
+    doubtful = judge(load_recipe(ROOT / "recipes" / "catgirl.toml", ["train.tokens_per_batch=16384"]), dataset, card="24GB").plan
     assert not doubtful.fits, "an estimate alone refuses nothing"
     check_fits(doubtful, recipe, ignore=False)
 

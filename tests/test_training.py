@@ -391,24 +391,6 @@ def test_training_starts_from_another_runs_adapter(folder):
     assert (missing.code, "nowhere: there is no such run or adapter" in missing.err) == (2, True)
 
 
-# --- the recipes that are shipped ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("recipe", [p.name for p in sorted((ROOT / "recipes").glob("*.toml")) if p.stem != "quickstart"])
-def test_every_recipe_takes_its_first_steps_on_the_tiny_model(recipe, tmp_path):
-    run = tmp_path / "run"
-    # Two steps: the first one's learning rate is 0, and an adapter that does nothing is none to begin from.
-    changes = ("--set", "model.name=tiny", "--set", "train.max_steps=2", "--set", "samples.max_new_tokens=4", "--sample")
-    begins_from = load_recipe(ROOT / "recipes" / recipe).model.adapter
-    if begins_from:
-        first = ROOT / "recipes" / f"{Path(begins_from).name}.toml"
-        assert fastoss("train", first, "--output", tmp_path / begins_from, *changes, cwd=tmp_path, timeout=600).code == 0
-    result = fastoss("train", ROOT / "recipes" / recipe, "--output", run, *changes, cwd=tmp_path, timeout=600)
-    assert result.code == 0, result.err
-    assert "the tiny model runs in float32 without a GPU" in result.err
-    assert len(losses(run)) == 2
-
-
 def test_channels_are_weighed_and_watched(folder):
     """Before a weight has moved, each channel's loss is what it is without weights, and the loss is their weighted mean."""
     settings = ("--set", "train.max_steps=1", "--set", "train.per_device_train_batch_size=11", *EVAL)

@@ -53,7 +53,7 @@ def unread_columns(row: Row, format: str = "auto", columns: Mapping[str, str] | 
     try:
         if columns:
             unread, row = replaced_columns(row, columns), renamed(row, columns)
-        format = _detect(row.columns, row.place) if format == "auto" else format
+        format = detect_format(row.columns, row.place) if format == "auto" else format
     except BadRow:
         return set()
     read = _READ[format]
@@ -100,7 +100,7 @@ def read_row(row: Row, format: str = "auto") -> Reading:
     """The entries of a row in one of the formats."""
     columns, place = row.columns, row.place
     if format == "auto":
-        format = _detect(columns, place)
+        format = detect_format(columns, place)
     elif "chosen" in columns:
         _refuse_pair(columns, place)
     if format == "messages":
@@ -119,7 +119,7 @@ def read_row(row: Row, format: str = "auto") -> Reading:
     return Reading(parsed.entries, parsed.numbers, parsed.reasoning_effort, parsed.current_date)
 
 
-def _detect(columns: dict[str, Any], place: str) -> str:
+def detect_format(columns: dict[str, Any], place: str) -> str:
     """The format that a row's columns show."""
     if "messages" in columns:
         return "messages"
