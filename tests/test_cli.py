@@ -189,6 +189,26 @@ def test_messages_in_troubleshooting_are_still_said():
         assert re.search("[^\0]*".join(map(re.escape, message.split("…"))), said), message
 
 
+def test_the_table_for_24_gb_is_what_check_plans():
+    """docs/24gb.md holds planned figures: each row is planned again, as `check` does it."""
+    from fastoss.config import load_recipe
+    from fastoss.data.dataset import build_dataset
+    from fastoss.training.outlook import judge
+    from fastoss.training.run_plan import gib
+
+    row = re.compile(r"^\| (as shipped|`[\w.]+ = .*?`|) *\| ([\d,]+) \| ([\d.]+ GiB) \| ([\d.]+ GiB) \| (.*?) \|$", re.MULTILINE)
+    rows = row.findall((ROOT / "docs" / "24gb.md").read_text(encoding="utf-8"))
+    assert len(rows) == 10
+    recipe = ROOT / "recipes" / "catgirl.toml"
+    dataset = build_dataset(load_recipe(recipe))
+    for setting, tokens, peak, least, fits in rows:
+        changes = [setting.strip("`").replace(" = ", "=")] if setting.startswith("`") else []
+        changes.append(f"train.tokens_per_batch={tokens.replace(',', '')}")
+        plan = judge(load_recipe(recipe, changes), dataset, card="24GB").plan
+        assert (gib(plan.memory.card_bytes), gib(plan.least)) == (peak, least), changes
+        assert plan.fits == (fits in ("yes", "barely")), changes
+
+
 def test_links_in_the_documents_lead_somewhere():
     for name in DOCUMENTS:
         path = ROOT / name

@@ -67,7 +67,15 @@ def test_what_is_copied_is_there_and_is_sent_to_the_build(name):
 
 
 def test_nothing_else_is_sent_to_the_build():
-    for name in (".git/config", "runs/quickstart/adapter/adapter_model.safetensors", "users.txt", ".env", "recipes/.env", "fastoss/__pycache__/cli.pyc", "docs/log.md"):
+    for name in (
+        ".git/config",
+        "runs/quickstart/adapter/adapter_model.safetensors",
+        "users.txt",
+        ".env",
+        "recipes/.env",
+        "fastoss/__pycache__/cli.pyc",
+        "docs/log.md",
+    ):
         assert not sent_to_the_build(ROOT / name), name
 
 
