@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from fastoss.config import Recipe, load_recipe
+from fastoss.errors import FastossError
 from fastoss.inference.languages import language_of
 from fastoss.inference.sampling import ReasoningLanguage
 from fastoss.model.backend import plan_model
@@ -87,6 +89,18 @@ def planned(recipe: Recipe) -> float:
     rows = recipe.train.per_device_train_batch_size
     batch = MicroBatch([recipe.model.max_length] * rows if rows else [recipe.train.tokens_per_batch])
     return plan_memory(shape_of(recipe.model.name), setting_of(recipe, model, 1), batch, constants()).card_bytes
+
+
+def test_the_variants_that_a_recipe_names():
+    """Of multilingual-zero2: attention alone, as its head says it; and ZeRO-2, which is refused with the reason."""
+    path = FOLDER / "multilingual-zero2.toml"
+    said = re.search(r"^# Variant.*?: (--set .*)$", path.read_text(encoding="utf-8"), re.MULTILINE)[1]
+    variant = load_recipe(path, shlex.split(said)[1::2])
+    assert (variant.lora.targets, variant.lora.expert_layers, variant.lora.lora_dropout) == (("attention",), "all", 0.05)
+    assert planned(variant) <= parse_card("A100-80").memory
+    with pytest.raises(FastossError, match="ZeRO-2 keeps all weights on every card") as refused:
+        load_recipe(path, ["distributed.strategy=zero2"])
+    assert "docs/scaling.md" in str(refused.value)
 
 
 def test_the_table_names_every_recipe():
