@@ -363,6 +363,7 @@ def test_the_run_directory(folder):
         "curves.svg",
         "report.html",
         "profile.json",
+        "plan.json",
         "log.txt",
     }
     assert (run / "recipe.toml").read_bytes() == folder.recipe.read_bytes()

@@ -58,7 +58,7 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
     _quiet_launcher()
     before, ends = latest_checkpoint(run, contents=False), _ends(run)
     try:
-        with _usr1_handed_on():
+        with _usr1_handed_on() as handed_on:
             elastic_launch(config, sys.executable)("-m", "fastoss", *arguments)
     except RendezvousError:
         # The machine that holds the meeting was done first; how the run ended, process 0 has written down.
@@ -68,6 +68,8 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
         if nodes > 1:
             _wait_for_end(run, ends)  # the meeting lives in one of the launchers: none leaves while process 0 still writes
         codes = [failure.exitcode for failure in failed.failures.values()]
+        if -signal.SIGUSR1 in codes and signal.SIGUSR1 in handed_on:  # it came before the processes knew what to do with it
+            return _stopped_unsaved(signal.SIGUSR1)
         known = [code for code in codes if code > 1]
         first = min(
             failed.failures.values(), key=lambda failure: (failure.timestamp, failure.exitcode == -signal.SIGTERM)
@@ -79,9 +81,13 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
         # The launcher passed the signal on; whether the processes came to save shows in the run.
         if latest_checkpoint(run, contents=False) != before:
             return EXIT_STOPPED
-        Console().say("stopped before anything new was saved; the same command begins at the last checkpoint")
-        return 128 + int(stopped.sigval)
+        return _stopped_unsaved(int(stopped.sigval))
     return 0
+
+
+def _stopped_unsaved(number: int) -> int:
+    Console().say("stopped before anything new was saved; the same command begins at the last checkpoint")
+    return 128 + number
 
 
 def _ends(run: RunDirectory) -> list[dict[str, Any]]:
@@ -105,10 +111,12 @@ def _wait_for_end(run: RunDirectory, before: Sequence[Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def _usr1_handed_on() -> Iterator[None]:
-    """SIGUSR1 goes on to the processes, and the launcher waits for them: torchrun's own way kills them 30 seconds later."""
+def _usr1_handed_on() -> Iterator[set[int]]:
+    """SIGUSR1 goes on to the processes, and the launcher waits for them: torchrun's own way kills them 30 seconds later. Yields what came."""
+    came: set[int] = set()
 
     def hand_on(number: int, frame: Any) -> None:
+        came.add(number)
         for task in Path("/proc/self/task").iterdir():
             with contextlib.suppress(OSError):
                 for pid in (task / "children").read_text().split():
@@ -116,7 +124,7 @@ def _usr1_handed_on() -> Iterator[None]:
 
     old = signal.signal(signal.SIGUSR1, hand_on)
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGUSR1, old)
 
