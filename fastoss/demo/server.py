@@ -83,6 +83,7 @@ def serve_demo(settings: DemoSettings, say: Callable[[str], None]) -> None:
     if not pairs.parent.is_dir():
         raise FastossError("the folder does not exist", place=str(pairs.parent))
     listening = _listening(settings)
+    _gradio()
     say(f"loading {settings.model} …")
     app = demo_app(settings, users)
     import uvicorn
@@ -132,7 +133,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise FastossError("the demo's page is not installed", place="app.py", hint="pip install 'fastoss[demo]'") from None
+        raise FastossError("the demo's page is not installed", place="app.py", hint="pip install -e '.[demo]'") from None
     return gradio
 
 
