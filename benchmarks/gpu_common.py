@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import random_checkpoint  # beside this file; it lets a checkout be imported that is not installed
-from random_checkpoint import GPT_OSS_20B, TINY, Shape, checkpoint_bytes, checkpoint_folder, has_checkpoint
+from random_checkpoint import GPT_OSS_20B, TINY, ModelShape, checkpoint_bytes, checkpoint_folder, has_checkpoint
 
 from fastoss.config import load_recipe
 from fastoss.errors import RunFailed
@@ -40,7 +40,7 @@ class Place:
     dry: bool
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         return TINY if self.dry else GPT_OSS_20B
 
     def file(self, phase: str) -> Path:

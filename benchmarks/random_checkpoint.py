@@ -19,6 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works too
 
 from fastoss.data.tokenizer import PAD, STOP_IDS
+from fastoss.model.shape import GPT_OSS_20B, ModelShape
 from fastoss.run import read_json, whole_folder, write_json
 
 Form = Literal["mxfp4", "bf16"]
@@ -29,24 +30,8 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 _STAMP = "random_checkpoint.json"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a gpt-oss. `hidden` and `intermediate` are multiples of 32."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    experts: int
-    active_experts: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    vocabulary: int = 201088
-
-
-GPT_OSS_20B = Shape("gpt-oss-20b", 2880, 2880, layers=24, experts=32, active_experts=4, heads=64, key_value_heads=8, head_dim=64)
-TINY = Shape("gpt-oss-tiny", 64, 96, layers=2, experts=4, active_experts=2, heads=4, key_value_heads=2, head_dim=16)
+# Sizes are multiples of 32.
+TINY = ModelShape("gpt-oss-tiny", 64, 96, layers=2, experts=4, active_experts=2, heads=4, key_value_heads=2, head_dim=16, vocabulary=201088)
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class Spec:
         return math.prod(self.size) * (1 if self.kind in ("blocks", "scales") else 2)
 
 
-def checkpoint_specs(shape: Shape, form: Form) -> list[dict[str, Spec]]:
+def checkpoint_specs(shape: ModelShape, form: Form) -> list[dict[str, Spec]]:
     """Every tensor by name, one dictionary a file: the layers first, then embedding, last norm and head."""
     files = [_layer_specs(shape, layer, form) for layer in range(shape.layers)]
     rest = {
@@ -72,12 +57,12 @@ def checkpoint_specs(shape: Shape, form: Form) -> list[dict[str, Spec]]:
     return [*files, rest]
 
 
-def checkpoint_bytes(shape: Shape, form: Form) -> int:
+def checkpoint_bytes(shape: ModelShape, form: Form) -> int:
     """Bytes of all tensors on disk."""
     return sum(spec.bytes() for file in checkpoint_specs(shape, form) for spec in file.values())
 
 
-def published_config(shape: Shape, form: Form) -> dict[str, Any]:
+def published_config(shape: ModelShape, form: Form) -> dict[str, Any]:
     """config.json as openai/gpt-oss-20b has it, at this shape; without its quantisation for bf16."""
     config = {
         "architectures": ["GptOssForCausalLM"],
@@ -119,17 +104,17 @@ def published_config(shape: Shape, form: Form) -> dict[str, Any]:
     return config | {"dtype": "bfloat16"}
 
 
-def checkpoint_folder(work: Path, shape: Shape, form: Form) -> Path:
+def checkpoint_folder(work: Path, shape: ModelShape, form: Form) -> Path:
     """Where the checkpoint lies in a work folder; the name is like the published one, which libraries look at."""
     return work / f"{shape.name}-random-{form}"
 
 
-def has_checkpoint(folder: Path, shape: Shape, form: Form, device: str) -> bool:
+def has_checkpoint(folder: Path, shape: ModelShape, form: Form, device: str) -> bool:
     """Whether the folder holds this very checkpoint, whole. CPU and GPU draw other numbers from the same seed."""
     return (folder / _STAMP).is_file() and read_json(folder / _STAMP) == _stamp(shape, form, device)
 
 
-def write_checkpoint(folder: Path, shape: Shape, form: Form, device: str = "cpu") -> None:
+def write_checkpoint(folder: Path, shape: ModelShape, form: Form, device: str = "cpu") -> None:
     """Write config, weights (one safetensors file a layer, and an index), tokenizer and template. Whole or not at all."""
     from safetensors.torch import save_file
 
@@ -198,7 +183,7 @@ def dequantise(blocks: Any, scales: Any) -> Any:
     return (pairs.flatten(-2) * factor[..., None]).flatten(-2)
 
 
-def _layer_specs(shape: Shape, layer: int, form: Form) -> dict[str, Spec]:
+def _layer_specs(shape: ModelShape, layer: int, form: Form) -> dict[str, Spec]:
     hidden, inner, experts = shape.hidden, shape.intermediate, shape.experts
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     specs = {"input_layernorm.weight": Spec("norm", (hidden,)), "post_attention_layernorm.weight": Spec("norm", (hidden,))}
@@ -219,7 +204,7 @@ def _layer_specs(shape: Shape, layer: int, form: Form) -> dict[str, Spec]:
     return {f"model.layers.{layer}.{name}": spec for name, spec in specs.items()}
 
 
-def _stamp(shape: Shape, form: Form, device: str) -> dict[str, Any]:
+def _stamp(shape: ModelShape, form: Form, device: str) -> dict[str, Any]:
     return {"shape": asdict(shape), "form": form, "seed": SEED, "device": device}
 
 

@@ -78,6 +78,7 @@ def set_tokens(opened, tokens: int) -> None:
         opened.click("#more button")
     opened.fill("#longest input[type=number]", str(tokens))
     opened.press("#longest input[type=number]", "Tab")
+    opened.wait_for_function("n => document.querySelector('#longest input[type=range]').value == n", arg=str(tokens))
 
 
 def done(opened, number: int = 1) -> None:

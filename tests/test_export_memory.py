@@ -74,9 +74,9 @@ def sparse(path: Path, tensors: dict[str, tuple[str, list[int]]], values: dict[s
 def write_real_size(folder: Path, *, layers: int, experts: int, rank: int = 8) -> None:
     """gpt-oss-20b's shapes in MXFP4, with fewer layers and experts, and a LoRA adapter on experts and queries."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from random_checkpoint import Shape, checkpoint_specs, published_config
+    from random_checkpoint import ModelShape, checkpoint_specs, published_config
 
-    shape = Shape("20b", 2880, 2880, layers, experts, min(4, experts), 64, 8, 64)
+    shape = ModelShape("20b", 2880, 2880, layers, experts, min(4, experts), 64, 8, 64, 201088)
     tensors: dict[str, tuple[str, list[int]]] = {}
     for file in checkpoint_specs(shape, "mxfp4"):
         for name, spec in file.items():

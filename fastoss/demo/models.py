@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class Models:
         runs = [RunDirectory(here.root.parent / path.name) for path in sorted(folder.parent.iterdir()) if path.is_dir() and path.resolve() != folder]
         return [self.name, *(str(run.root) for run in runs if run.exists() and run.is_finished())]
 
-    def change(self, name: str, say: Callable[[str], None]) -> None:
+    def change(self, name: str) -> None:
         """Load another of the `choices` in place of this one. Where that fails, the old one is loaded again."""
         if name not in self.choices():
             raise FastossError("there is no such run here", place=name)
@@ -131,7 +131,6 @@ class Models:
             # Two 20B models have no room beside each other: the old one goes first.
             del old
             gc.collect()
-            say(f"loading {name} …")
             try:
                 self.engine = self._opened(name)
                 self.name, self.about = name, About.of(name)

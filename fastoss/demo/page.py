@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import gradio as gr
 
 from fastoss.demo.models import Models
 from fastoss.demo.sessions import Sessions
-from fastoss.demo.talk import AS_USER, Asking, Mode, Talk, Turn
+from fastoss.demo.talk import AS_USER, Asking, Mode, Spoken, Talk, Turn
 from fastoss.demo.view import history_html, live_html, preferences_html
-from fastoss.demo.votes import VoteFile, liked_row, pair_row, write_dpo_recipe
+from fastoss.demo.votes import VoteFile, liked_row, pair_row, thumb_pairs, write_dpo_recipe
 from fastoss.errors import FastossError
 from fastoss.inference.sampling import Effort, ReasoningLanguage
 
@@ -42,29 +43,28 @@ class Demo:
 
     def ask(self, text: str, *settings: Any, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Question and settings → pictures of the page while the answer comes."""
-        talk = self._talk(request)
-        try:
-            asking = asking_of(*settings)
-        except FastossError as problem:
-            yield self._picture(talk, note=_words(problem))
-            return
-        yield from self._asked(talk, text, asking, [])
+        yield from self._asked(self._talk(request), settings, lambda: (text, []))
 
     def retry(self, *settings: Any, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """The last question again, with the settings as they are now; its earlier answers are remembered for votes."""
         talk = self._talk(request)
+
+        def last() -> tuple[str, list[Spoken]]:
+            turn = talk.take_back()
+            if turn is None:
+                raise FastossError("there is nothing to ask again")
+            return turn.text, turn.all_replies()
+
+        yield from self._asked(talk, settings, last)
+
+    def _asked(self, talk: Talk, settings: Sequence[Any], question: Callable[[], tuple[str, list[Spoken]]]) -> Iterator[tuple[Any, ...]]:
+        """Ask the `question` (its text, and earlier replies to it), which is taken only when the settings are sound."""
         try:
             asking = asking_of(*settings)
+            text, before = question()
         except FastossError as problem:
             yield self._picture(talk, note=_words(problem))
             return
-        turn = talk.take_back()
-        if turn is None:
-            yield self._picture(talk, note="There is nothing to ask again.")
-            return
-        yield from self._asked(talk, turn.text, asking, turn.all_replies())
-
-    def _asked(self, talk: Talk, text: str, asking: Asking, before: list[Any]) -> Iterator[tuple[Any, ...]]:
         turns = len(talk.turns)
         asked = False
         try:
@@ -137,13 +137,15 @@ class Demo:
                 self.liked.add(liked_row(turn, reply))
             elif changed == "up":
                 self.liked.remove(liked_row(turn, reply))
-            others = [other for other in turn.before if other.vote not in (None, vote) and other.content != reply.content]
-            for other in others:
-                self.pairs.add(pair_row(turn, *((reply, other) if vote == "up" else (other, reply))))
+            for row in thumb_pairs(turn, reply, changed):
+                self.pairs.remove(row)
+            made = thumb_pairs(turn, reply, vote)
+            for row in made:
+                self.pairs.add(row)
                 self._recipe()
         except FastossError as problem:
             return self._picture(talk, note=_words(problem))
-        if others:
+        if made:
             note = f"Kept as a preference in {self.pairs.path.name}: this try against the one before."
         elif vote == "up":
             note = f"Kept in {self.liked.path.name}."
@@ -178,7 +180,7 @@ class Demo:
         talk = self._talk(request)
         yield self._picture(talk, note=f"Loading {name}; this takes as long as it took at the start.")
         try:
-            self.models.change(name, lambda line: None)
+            self.models.change(name)
         except FastossError as problem:
             yield self._picture(talk, note=_words(problem))
             return
@@ -189,8 +191,7 @@ class Demo:
         out = '<button type="button" class="sign-out">Sign out</button>' if self.shown.sign_out else ""
         theme = '<button type="button" class="theme" title="Light or dark">◐</button>'
         return (
-            f'<header class="head"><div><h1>{_escaped(about.name)}</h1><p>{_escaped(about.line)}</p></div>'
-            f'<div class="corner">{out}{theme}</div></header>'
+            f'<header class="head"><div><h1>{escape(about.name)}</h1><p>{escape(about.line)}</p></div><div class="corner">{out}{theme}</div></header>'
         )
 
     def preferences(self) -> str:
@@ -223,7 +224,7 @@ class Demo:
             gr.update(visible=over and two and all(answered) and answered[0] != answered[1]),
             gr.update(visible=over and len(answered) == 1 and bool(answered[0])),
             gr.update(visible=turn is None),
-            f'<p class="note" role="status">{_escaped(note)}</p>' if note else "",
+            f'<p class="note" role="status">{escape(note)}</p>' if note else "",
         )
 
     def _nothing(self) -> tuple[Any, ...]:
@@ -357,9 +358,3 @@ def _bound(method: Callable[..., Any], *values: Any) -> Callable[[gr.Request], A
 
 def _words(problem: FastossError) -> str:
     return problem.fact[:1].upper() + problem.fact[1:] + (f" ({problem.hint})." if problem.hint else ".")
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text)

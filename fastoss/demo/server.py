@@ -108,13 +108,14 @@ def demo_app(settings: DemoSettings, users: Users | None) -> Guard:
 
     from fastoss.demo.page import Demo, Shown, build
 
+    log = _log(settings.log_chats)
     models = Models(settings.model, settings.limits)
     models.load()
     pairs = settings.pairs()
     picker = settings.local and users is None if settings.picker is None else settings.picker
     shown = Shown(reasoning=settings.reasoning, picker=picker, sign_out=users is not None)
     liked = pairs.with_name(f"{pairs.stem}-liked.jsonl")
-    demo = Demo(models, VoteFile(pairs), VoteFile(liked), shown, _log(settings.log_chats))
+    demo = Demo(models, VoteFile(pairs), VoteFile(liked), shown, log)
     assets = Path(__file__).parent.parent / "assets"
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif"]
     mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
@@ -148,8 +149,13 @@ def _listening(settings: DemoSettings) -> socket.socket:
 
 
 def _log(path: Path | None) -> Callable[[Turn], None]:
-    """Keep what was said in a file, where that was asked for; otherwise nothing is kept."""
+    """Keep what was said in a file, where that was asked for; otherwise nothing is kept. `FastossError` where it cannot be written."""
     guard = threading.Lock()
+    try:
+        if path is not None:
+            path.touch()
+    except OSError as problem:
+        raise FastossError(f"cannot be written: {problem.strerror}", place=str(path)) from None
 
     def log(turn: Turn) -> None:
         if path is None:

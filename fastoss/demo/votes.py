@@ -73,6 +73,12 @@ def pair_row(turn: Turn, chosen: Spoken, rejected: Spoken) -> dict[str, Any]:
     return row
 
 
+def thumb_pairs(turn: Turn, reply: Spoken, vote: str | None) -> list[dict[str, Any]]:
+    """The pairs that a thumb on `reply` makes with the earlier tries that have the other one."""
+    others = [other for other in turn.before if vote and other.vote not in (None, vote) and other.content != reply.content]
+    return [pair_row(turn, *((reply, other) if vote == "up" else (other, reply))) for other in others]
+
+
 def liked_row(turn: Turn, reply: Spoken) -> dict[str, Any]:
     """The row of an answer that was liked, for SFT."""
     return {"messages": [*(_plain(message) for message in turn.asked), _answer(reply)]} | _effort(turn)

@@ -21,7 +21,7 @@ from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError
 from fastoss.inference.prefix_cache import PrefixCaches
 from fastoss.inference.reply import Answer, Reply, finish_reason
-from fastoss.inference.sampling import Question, ReasoningLanguage
+from fastoss.inference.sampling import Question, ReasoningLanguage, prompt_ids
 from fastoss.inference.sampling import Sampling as Sampling
 from fastoss.inference.streaming import Tell, streamed
 from fastoss.inference.turns import Turns
@@ -82,11 +82,7 @@ class Engine:
 
     def prompt_ids(self, question: Question) -> list[int]:
         """The tokens that ask a question. `FastossError` when it cannot be asked, or is longer than the model can read."""
-        question.checked()
-        ids = self.renderer.render_prompt(question.said(), question.reasoning_effort, question.tools, question.current_date)
-        if len(ids) >= self.context_length:
-            raise FastossError(f"the chat has {len(ids):,} tokens, the model reads {self.context_length:,}", place="messages", hint="begin a new one")
-        return ids
+        return prompt_ids(self.renderer, question, self.context_length)
 
     def stream(
         self,

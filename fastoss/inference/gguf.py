@@ -18,7 +18,7 @@ from fastoss.data.tokenizer import SPECIAL, START, encode, token_bytes
 from fastoss.errors import FastossError
 from fastoss.inference.llama_cpp import LlamaServer, Stream, check_llama_cpp, running
 from fastoss.inference.reply import Answer, Reply
-from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
+from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling, prompt_ids
 from fastoss.inference.streaming import Tell, streamed
 from fastoss.inference.turns import Turns
 from fastoss.model.adapter import STAMP, read_stamp
@@ -74,11 +74,7 @@ class GgufEngine:
 
     def prompt_ids(self, question: Question) -> list[int]:
         """As `Engine.prompt_ids`."""
-        question.checked()
-        ids = self.renderer.render_prompt(question.said(), question.reasoning_effort, question.tools, question.current_date)
-        if len(ids) >= self.context_length:
-            raise FastossError(f"the chat has {len(ids):,} tokens, the model reads {self.context_length:,}", place="messages", hint="begin a new one")
-        return ids
+        return prompt_ids(self.renderer, question, self.context_length)
 
     def stream(
         self,

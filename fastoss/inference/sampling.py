@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastoss.data.conversation import Message, Tool
 from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError
+
+if TYPE_CHECKING:
+    from fastoss.data.harmony import HarmonyRenderer
 
 
 class Effort(StrEnum):
@@ -152,3 +155,12 @@ class Question:
 
     def followed_by(self, *messages: Message) -> Question:
         return replace(self, messages=(*self.messages, *messages))
+
+
+def prompt_ids(renderer: HarmonyRenderer, question: Question, context_length: int) -> list[int]:
+    """The tokens that ask a question of a model that reads `context_length`. `FastossError` when it cannot be asked, or is longer."""
+    question.checked()
+    ids = renderer.render_prompt(question.said(), question.reasoning_effort, question.tools, question.current_date)
+    if len(ids) >= context_length:
+        raise FastossError(f"the chat has {len(ids):,} tokens, the model reads {context_length:,}", place="messages", hint="begin a new one")
+    return ids
