@@ -13,6 +13,7 @@ import typer
 from fastoss import terminal
 from fastoss.errors import FastossError
 from fastoss.inference.sampling import Effort, Question, ReasoningLanguage, Sampling
+from fastoss.run import RunDirectory
 
 Temperature = Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Choose among the likeliest tokens that make up P.")]
@@ -104,13 +105,17 @@ def evaluate(
 ) -> None:
     """Compare the tuned model with its base on rows that it was not trained on.
 
-    Prints a table, and writes evaluation.json and evaluation.jsonl (every question with both replies).
+    Prints a table, writes evaluation.json and evaluation.jsonl (every question with both replies), and puts the table into the run's report.
     """
     from fastoss.inference.evaluate import evaluate as compare
     from fastoss.inference.evaluation_table import table_lines
+    from fastoss.report.report import write_report
 
     wanted = _language(language)
     result = compare(run, input, rows=rows, output=output, batch_size=batch_size, language=wanted, max_new_tokens=max_new_tokens, say=_say)
+    directory = RunDirectory(Path(run).expanduser())
+    if output is None and directory.exists():
+        _say(f"wrote {write_report(directory)}")
     if json_:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return

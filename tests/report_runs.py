@@ -157,6 +157,9 @@ def written_run(
             }
         )
     )
+    value = {"mean": 0.5, "low": 0.2, "high": 0.8, "n": 8}
+    measure = {"label": text, "unit": "share", "better": "up", "base": value, "tuned": value, "difference": value, "verdict": text}
+    run.evaluation.write_text(plain({"rows": 8, "of": 8, "source": text, "compared": True, "before": text, "measures": {"well_formed": measure}}))
     run.adapter.mkdir()
     (run.adapter / "adapter_model.safetensors").write_bytes(b"")
     return run

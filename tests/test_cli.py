@@ -16,6 +16,7 @@ import pytest
 
 from .command_pages import DOCUMENT, pages
 from .conftest import ROOT, fastoss
+from .documents import commands_of, files_of
 
 HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets")
 
@@ -112,13 +113,6 @@ def test_chat_keeps_stdout_for_the_answer(tmp_path):
 # --- the documents ---------------------------------------------------------------------------------------------------
 
 
-def commands_of(name: str) -> list[str]:
-    """Lines of the document's `sh` blocks."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    blocks = [re.sub(r"\\\n\s*", "", block) for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
-    return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
-
-
 ANSWERING = ("chat", "generate", "evaluate", "serve")
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 
@@ -129,11 +123,6 @@ def test_make_targets_named_in_the_documents_exist():
     assert {"quickstart", "test"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def files_of(name: str) -> dict[str, str]:
-    """Files that a document tells its reader to write: blocks whose first line names one (```toml shop.toml)."""
-    return dict(re.findall(r"^```\w+ (\S+\.\w+)\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
 
 
 def workplace(folder: Path, files: dict[str, str]) -> Path:

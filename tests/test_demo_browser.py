@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from .answers import cache_base, memorised_run, read_rows
 from .browser import open_browser
 from .conftest import fastoss
 from .demo import demo
-
-WAIT = 120_000  # milliseconds: the tests must not hang on a quiet machine
+from .demo_page import WAIT, ask, ask_and_wait, choose, done, language, page, set_tokens
 
 
 @pytest.fixture(scope="module")
@@ -39,54 +37,6 @@ def served(one_thread, votes):
     settings = DemoSettings(str(memorised_run(cache_base())), preferences=votes)
     with demo(settings) as (url, guard):
         yield url, guard
-
-
-@contextmanager
-def page(browser, url: str, **options):
-    """A page whose every error counts, and every request to somewhere else."""
-    context = browser.new_context(**options)
-    opened = context.new_page()
-    opened.set_default_timeout(WAIT)
-    faults: list[str] = []
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
-    opened.on("request", lambda asked: None if asked.url.startswith((url, "blob:", "data:")) else faults.append(f"asked for {asked.url}"))
-    opened.on("dialog", lambda dialog: (faults.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    opened.goto(url)
-    opened.wait_for_selector("#question textarea")
-    yield opened
-    context.close()
-    assert faults == []
-
-
-def ask(opened, text: str) -> None:
-    opened.fill("#question textarea", text)
-    opened.press("#question textarea", "Enter")
-
-
-def choose(opened, element: str, name: str) -> None:
-    opened.locator(f"#{element} label", has_text=name).filter(has=opened.locator(f'input[value="{name}"]')).click()
-
-
-def language(opened, name: str) -> None:
-    opened.click("#language input")
-    opened.click(f'#language [role=option][aria-label="{name}"]')
-
-
-def set_tokens(opened, tokens: int) -> None:
-    if not opened.locator("#longest input[type=number]").is_visible():
-        opened.click("#more button")
-    opened.fill("#longest input[type=number]", str(tokens))
-    opened.press("#longest input[type=number]", "Tab")
-    opened.wait_for_function("n => document.querySelector('#longest input[type=range]').value == n", arg=str(tokens))
-
-
-def done(opened, number: int = 1) -> None:
-    opened.wait_for_function(
-        "n => document.querySelectorAll('.turn').length == n && !document.querySelector('.reply.waiting, .reply.thinking, .reply.answering')",
-        arg=number,
-    )
-    opened.wait_for_selector("#send:visible")
 
 
 def test_a_visit(browser, served, votes, tmp_path):
@@ -150,15 +100,6 @@ def test_a_visit(browser, served, votes, tmp_path):
     trained = fastoss("train", votes.with_name("preferences-dpo.toml"), "--output", tmp_path / "dpo", cwd=tmp_path)
     assert trained.code == 0, trained.err
     assert "1 row" in trained.err or "1 pair" in trained.err
-
-
-def ask_and_wait(opened, text: str, *, new: bool = False) -> None:
-    if new:
-        opened.click("#new")
-        opened.wait_for_selector("#examples:visible")
-    turns = opened.locator(".turn").count()
-    ask(opened, text)
-    done(opened, turns + 1)
 
 
 def test_on_a_phone_and_in_the_dark(browser, served):

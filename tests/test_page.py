@@ -389,7 +389,7 @@ def test_looks(browser: Browser, path: Path, tmp_path: Path, scheme: Any, width:
     red, green, blue = (int(part) for part in re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))
     assert (red + green + blue < 128) == (scheme == "dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+    page.screenshot(path=tmp_path / f"{scheme}-{width}.png")
     page.click("#row-2")
     box = page.locator("dialog").bounding_box()
     assert box is not None

@@ -8,11 +8,10 @@ from typing import Any
 _HIDDEN = ("perplexity_analysis", "perplexity_commentary", "bleu")  # in the JSON; the table says the same in other words already
 
 
-def table_lines(result: dict[str, Any]) -> list[str]:
-    """The table: a measure a line, both models with their 95 % intervals, and what is to be thought of the change."""
+def table_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The table's cells, its heads first: a measure a row, both models with their 95 % intervals, and what is to be thought of the change."""
     sides = ["base", "tuned"] if result["compared"] else ["tuned"]
-    heads = ["", *([result.get("before", "base"), "tuned", "change"] if result["compared"] else ["value"]), "rows"]
-    rows = [heads]
+    rows = [["", *([result.get("before", "base"), "tuned", "change"] if result["compared"] else ["value"]), "rows"]]
     for name, entry in result["measures"].items():
         if name in _HIDDEN:
             continue
@@ -21,22 +20,33 @@ def table_lines(result: dict[str, Any]) -> list[str]:
             cells.append(entry.get("verdict", ""))
         counts = {entry[side]["n"] for side in sides if entry.get(side)}
         rows.append([*cells, "/".join(map(str, sorted(counts)))])
-    widths = [max(_width(row[column]) for row in rows) for column in range(len(heads))]
-    lines = [f"{result['model']}: {result['rows']} of {result['of']} rows ({result['source']})", ""]
-    lines += ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += ["", "In brackets: where the value would lie in 95 of 100 such samples of rows."]
+    return rows
+
+
+def table_notes(result: dict[str, Any]) -> list[str]:
+    """How to read the table, in sentences."""
+    notes = ["In brackets: where the value would lie in 95 of 100 such samples of rows."]
     if result.get("before") == "start":
-        lines.append('"start" is the adapter that the run began from, and its reference.')
+        notes.append('"start" is the adapter that the run began from, and its reference.')
     if result["compared"]:
-        lines.append('"better" and "worse" are said only where chance does not explain the change (paired bootstrap, and a sign test at 5 %).')
+        notes.append('"better" and "worse" are said only where chance does not explain the change (paired bootstrap, and a sign test at 5 %).')
     if any(entry["unit"] == "nats" for entry in result["measures"].values()):
-        lines.append("Surprise is in nats a token: 0 is word for word as expected, each 0.69 less is twice as likely.")
+        notes.append("Surprise is in nats a token: 0 is word for word as expected, each 0.69 less is twice as likely.")
     counted = [name for name in ("reasoning_language", "answer_language") if name in result["measures"]]
     if counted:
-        lines.append("Languages are counted where a text is long enough to tell.")
+        notes.append("Languages are counted where a text is long enough to tell.")
     if result["rows"] < 30:
-        lines.append(f"{result['rows']} rows are few: differences below about {200 / max(1, result['rows']) ** 0.5:.0f} points are hard to see.")
-    return lines
+        notes.append(f"{result['rows']} rows are few: differences below about {200 / max(1, result['rows']) ** 0.5:.0f} points are hard to see.")
+    return notes
+
+
+def table_lines(result: dict[str, Any]) -> list[str]:
+    """The table for a terminal, and how to read it."""
+    rows = table_rows(result)
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [f"{result['model']}: {result['rows']} of {result['of']} rows ({result['source']})", ""]
+    lines += ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*lines, "", *table_notes(result)]
 
 
 def _cell(value: dict[str, Any] | None, unit: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fastoss
+from fastoss.inference.evaluation_table import table_notes, table_rows
 from fastoss.report.curves import panels_of
 from fastoss.report.drawing import INK, ORANGE, Mark
 from fastoss.report.examples import masks_part, recipe_text, samples_part, section, words
@@ -23,7 +24,7 @@ _BADGES = {"finished": "good", "failed": "bad", "killed": "bad", "stopped": "war
 def report_page(facts: Facts) -> str:
     """The page as one file."""
     sections = [
-        samples_part(facts), _curves_part(facts), data_part(facts), masks_part(facts), _plan_part(facts), _course_part(facts),
+        samples_part(facts), _evaluation_part(facts), _curves_part(facts), data_part(facts), masks_part(facts), _plan_part(facts), _course_part(facts),
         _environment_part(facts), _repeat_part(facts),
     ]  # fmt: skip
     body = join(_head(facts), _story(facts), _tiles(facts), *sections, footer())
@@ -67,6 +68,17 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str]]:
         yield f"{facts.speed:,.0f}", "tokens a second (median)"
     if facts.memory_peak:
         yield size(facts.memory_peak), "memory at the peak"
+
+
+def _evaluation_part(facts: Facts) -> Html | None:
+    """What `fastoss evaluate` measured on held-out rows."""
+    result = facts.evaluation
+    if not result.get("measures"):
+        return None
+    heads, *rows = table_rows(result)
+    table = tag("table", tag("tr", *(tag("th", head) for head in heads)), *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows))
+    lead = tag("p", f"By fastoss evaluate: {result['rows']} of {result['of']} rows ({result['source']}).", class_="muted")
+    return section("evaluation", "Held-out rows", lead, tag("div", table, class_="wide"), tag("p", " ".join(table_notes(result)), class_="small"))
 
 
 def _curves_part(facts: Facts) -> Html | None:
