@@ -6,7 +6,7 @@ TORCH_CPU := torch==2.13.0
 UNSLOTH_CPU := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint bench gpu gpu-dry soak clean
+.PHONY: quickstart test lint bench gpu gpu-dry soak mutants clean
 
 quickstart: .venv/base.done  ## train the tiny model on the shipped sample, show base and tuned replies
 	$(BIN)/fastoss train recipes/quickstart.toml --no-resume --overwrite
@@ -36,6 +36,9 @@ gpu-dry: .venv/test.done  ## the same script from start to end at the tiny shape
 
 soak: .venv/test.done  ## kill -9 at forty random moments of a run, resumed each time (about ten minutes)
 	$(BIN)/python -m tests.faults.soak
+
+mutants: .venv/test.done  ## deliberate faults, one at a time: do the tests notice? (more than an hour on two cores)
+	$(BIN)/python -m tests.mutants
 
 clean:
 	rm -rf .venv runs

@@ -24,8 +24,8 @@ _BADGES = {"finished": "good", "failed": "bad", "killed": "bad", "stopped": "war
 def report_page(facts: Facts) -> str:
     """The page as one file."""
     sections = [
-        samples_part(facts), _evaluation_part(facts), _curves_part(facts), data_part(facts), masks_part(facts), _plan_part(facts), _course_part(facts),
-        _environment_part(facts), _repeat_part(facts),
+        samples_part(facts), _evaluation_part(facts), _curves_part(facts), data_part(facts), masks_part(facts), _plan_part(facts),
+        _course_part(facts), _environment_part(facts), _repeat_part(facts),
     ]  # fmt: skip
     body = join(_head(facts), _story(facts), _tiles(facts), *sections, footer())
     return page(f"{facts.name} · fastoss report", body)
