@@ -105,15 +105,36 @@ def _commands() -> Commands:
     return made
 
 
+# The processes of `--gpus N` are forked as well, by torchrun's own launcher: tests/faults/test_ranks.py starts them from scratch.
+_FORKED_RANKS = """
+import torch.distributed.launcher.api as api
+
+class Launch(api.elastic_launch):
+    def __init__(self, config, executable):
+        config.start_method = "fork"
+        super().__init__(config, rank)
+
+    def __call__(self, module, name, *arguments):
+        return super().__call__(*arguments)
+
+def rank(*arguments):
+    import sys
+    from fastoss.cli import main
+    sys.argv = ["fastoss", *arguments]
+    main()
+
+api.elastic_launch = Launch
+"""
 # What a library reads when it is imported, the server's children cannot change: such commands get a process from scratch.
 _READ_LATER = ("COLUMNS", "TERMINAL_WIDTH", "NO_COLOR", "FASTOSS_")
 
 
 def fastoss(*arguments: object, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Result:
     """Run the command line as a user does: in a process of its own, away from the repository's root."""
-    scratch = any("unsloth" in str(argument) or str(argument) in ("--gpus", "bench") for argument in arguments)
+    scratch = any("unsloth" in str(argument) or str(argument) == "bench" for argument in arguments)
     if not scratch and all(name.startswith(_READ_LATER) for name in environment):
-        return _commands().run(*arguments, cwd=cwd or Path.cwd(), timeout=timeout, **environment)
+        prelude = _FORKED_RANKS if "--gpus" in arguments else ""
+        return _commands().run(*arguments, cwd=cwd or Path.cwd(), prelude=prelude, timeout=timeout, **environment)
     command = [sys.executable, "-m", "fastoss", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
