@@ -25,7 +25,7 @@ from urllib.parse import quote
 from fastoss.config import DataSource
 from fastoss.data.rows import KINDS, kind_of
 from fastoss.errors import FastossError
-from fastoss.run import cache_folder, file_lock, read_json, write_json
+from fastoss.run import cache_folder, file_digest, file_lock, read_json, write_json
 
 _TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -168,7 +168,7 @@ def _split_of(asked: _Asked, names: Iterable[str], read_card: Callable[[str], by
 
 def _split_files(asked: _Asked, folder: Path, scratch: Path) -> list[str]:
     import datasets
-    import yaml  # type: ignore[import-untyped]  # datasets needs it: it is there
+    import yaml  # type: ignore[import-untyped]
 
     try:
         builder = datasets.load_dataset_builder(str(folder), name=asked.subset, cache_dir=str(scratch))
@@ -420,8 +420,7 @@ def _modelscope_cached(asked: _Asked, why: str) -> HubData:
     for file in files:
         if not (folder / file).is_file():
             raise _not_cached(asked, f"{file} is missing in the cache")
-        with open(folder / file, "rb") as content:
-            hashes[file] = hashlib.file_digest(content, "sha256").hexdigest()
+        hashes[file] = file_digest(folder / file)
     return HubData(_content_hash(hashes), tuple(files), lambda file: folder / file, f"{asked.place} is read from the cache: {why}")
 
 

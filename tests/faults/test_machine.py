@@ -108,7 +108,6 @@ def small(self, input_ids=None, **k):
     return forward(self, input_ids=input_ids, **k)
 GptOssModel.forward = small
 """
-PACKED = ("--set", "train.per_device_train_batch_size=0", "--set", "train.tokens_per_batch=700")
 
 
 def test_no_memory_is_one_line_that_says_what_to_change(fresh: Place):
