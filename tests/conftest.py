@@ -118,8 +118,10 @@ class Launch(api.elastic_launch):
         return super().__call__(*arguments)
 
 def rank(*arguments):
-    import sys
+    import signal, sys
     from fastoss.cli import main
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)  # not the launcher's
     sys.argv = ["fastoss", *arguments]
     main()
 

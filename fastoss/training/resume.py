@@ -33,7 +33,7 @@ Kind = Literal["free", "noted", "insist", "another run"]
 
 _FREE = {"checkpoint", "log", "samples", "hub", "eval.every", "eval.after", "eval.replies", "train.on_oom", "distributed.ddp_timeout"}
 _ANOTHER_RUN = {"method", "model.name", "model.adapter", "lora", "model.precision", "precision"}
-_FACTS = ("world_size", "backend", "precision", "layout")
+_FACTS = {"world_size": "the number of processes", "backend": "the backend", "precision": "the precision", "layout": "the layout of batches"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def changes_since(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> l
     manifest = read_json(run.manifest)
     if manifest["data"]["fingerprint"] != facts["data"]["fingerprint"]:
         changes.append(Change("the data has changed", None, None, "insist"))
-    changes += [Change(key, manifest[key], facts[key], _kind(key)) for key in _FACTS if manifest[key] != facts[key]]
+    changes += [Change(name, manifest[key], facts[key], _kind(key)) for key, name in _FACTS.items() if manifest[key] != facts[key]]
     for name in sorted(manifest["versions"].keys() | facts["versions"].keys()):
         a, b = manifest["versions"].get(name), facts["versions"].get(name)
         if a != b:

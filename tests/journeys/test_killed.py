@@ -33,18 +33,19 @@ def test_from_a_kill_to_a_verified_export(journey, browser, commands):
     assert len(before) >= 6
 
     # Two processes would make the global batch twice as large; another learning rate is another run's. Nothing is touched by asking.
-    kept = {path: path.stat().st_mtime_ns for path in sorted(run.root.rglob("*")) if path.is_file() and path.suffix != ".lock"}
+    kept = {path: path.stat().st_mtime_ns for path in sorted(run.root.rglob("*")) if path.is_file() and path.name != ".lock"}
     doubled = journey.run("fastoss train long.toml --gpus 2", code=2)
     assert "the run was begun otherwise" in doubled.err
     assert "processes" in doubled.err
     changed = journey.run("fastoss train long.toml --set train.learning_rate=1e-3 --set train.gradient_accumulation_steps=2", code=2)
     for word in ("learning_rate", "0.005", "0.001", "gradient_accumulation_steps", "--override-resume"):
         assert word in changed.err, changed.err
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    touched = [path.name for path in kept if path.stat().st_mtime_ns != kept[path]]
+    assert touched == []
     assert "checkpoint-6" in journey.run("fastoss doctor runs/long").out
 
     resumed = journey.run("fastoss train long.toml")
-    assert "step 6" in resumed.err
+    assert "from checkpoint-6" in resumed.err
     assert len(losses(run.root)) == 12
     assert losses(run.root)[:6] == before[:6]
 
