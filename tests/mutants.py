@@ -29,7 +29,13 @@ AREAS = {
     "packing": ["test_packing.py", "test_trees.py", "test_attention.py", "test_packed_exact.py"],
     "loss": ["test_model.py", "test_trees.py", "test_packing.py", "test_packed_exact.py", "test_training.py"],
     "merge": ["test_export_mxfp4.py", "test_export_layouts.py", "test_export.py", "test_export_sabotage.py", "test_export_templates.py"],
-    "resume": ["faults/test_resume_rules.py", "faults/test_checkpoints.py", "faults/test_signals.py", "faults/test_artifacts.py", "journeys/test_killed.py"],
+    "resume": [
+        "faults/test_resume_rules.py",
+        "faults/test_checkpoints.py",
+        "faults/test_signals.py",
+        "faults/test_artifacts.py",
+        "journeys/test_killed.py",
+    ],
 }
 
 

@@ -309,8 +309,8 @@ FILES = [
     whole("gzip and something else", "data.jsonl.gz", GZIP + b"and so on", "", "cannot be read: Not a gzipped file…", DAMAGED),
     whole("torn zstd", "data.jsonl.zst", ZSTD[:-5], "", "cannot be read: Truncated compressed stream", DAMAGED),
     # CSV
-    whole("semicolons", "data.csv", b"instruction;output\nhi;ho\n", ":1", "the columns are separated by `;`, not by commas", "save it with commas…"),
-    whole("tabs", "data.csv", b"instruction\toutput\nhi\tho\n", ":1", "the columns are separated by tabs, not by commas", "save it with commas…"),
+    whole("cells too many between semicolons", "data.csv", b"instruction;output\nhi;ho\nhi;ho;ha\n", ":3",
+          "the row has more cells than the header (3, 2)", "a text with `;` stands between double quotes"),
     whole("cells too many", "data.csv", b"instruction,output\nhi,ho\nhi,ho,ha\n", ":3", "the row has more cells than the header (3, 2)",
           "a text with commas stands between double quotes"),
     whole("cells too few", "data.csv", b"instruction,output\nhi,ho\nhi\n", ":3", "the row has fewer cells than the header (1, 2)",

@@ -38,7 +38,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     for ours, theirs in columns.items():
         if ours not in known:
             close = difflib.get_close_matches(ours, sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean `{close[0]}`?" if close else "left stands our name, right the file's"
+            hint = f"did you mean `{close[0]}`?" if close else "write our name on the left (instruction, output, thinking), the file's on the right"
             raise FastossError(f"`columns` names `{ours}`, a column that no format knows", place=row.place, hint=hint)
         value = _reached(row.columns, theirs)
         if value is not _ABSENT:

@@ -17,6 +17,7 @@ from fastoss.errors import FastossError
 
 _LISTS = {"messages", "conversations", "history", "tools", "rejected_messages"}
 _MAYBE_LISTS = {"prompt", "completion", "chosen", "rejected"}
+_MARKS = {",": "commas", ";": "`;`", "\t": "tabs", "|": "`|`"}
 _JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:(\[)\s*[\[{"]|\{\s*")')
 
 
@@ -29,9 +30,11 @@ def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | B
     lists = {columns.get(column, column) for column in _LISTS} | {name.partition(".")[0] for name in columns.values() if "." in name}
     maybe = {columns.get(column, column) for column in _MAYBE_LISTS}
     with open_bytes(path, name) as file:
-        _refuse_json(file.peek(200), name)
+        head = file.peek(CHUNK)
+        _refuse_json(head, name)
+        mark = _separator(head)
         lines = _CsvLines(file, path, name)
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(lines, strict=True, delimiter=mark)
         strict = StrictJson()
         header: list[str] | None = None
         line = 1  # where the next row begins; quoted cells may go over several lines
@@ -45,7 +48,7 @@ def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | B
                 if header is None:
                     raise FastossError(f"the header is not valid CSV: {problem}", place=place) from None
                 line = lines.number + 1
-                yield _bad_csv(problem, place)
+                yield _bad_csv(problem, place, mark)
                 continue
             line = lines.number + 1
             if not cells:
@@ -54,11 +57,18 @@ def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | B
                 header = _checked_header(cells, place)
             elif len(cells) != len(header):
                 more = "more" if len(cells) > len(header) else "fewer"
-                hint = "a text with commas stands between double quotes"
+                hint = f"a text with {_MARKS[mark]} stands between double quotes"
                 yield BadRow(f"the row has {more} cells than the header ({len(cells)}, {len(header)})", place=place, hint=hint)
             else:
                 row = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
                 yield _with_lists(row, lists, maybe, strict, place)
+
+
+def _separator(head: bytes) -> str:
+    """What stands between the columns: a comma, or what a header without one has in its place (`;`, where numbers are written with commas)."""
+    lines = head.decode("utf-8", "replace").removeprefix("\ufeff").splitlines()
+    header = re.sub('"[^"]*"', "", next((line for line in lines if line.strip()), ""))
+    return max(_MARKS, key=header.count) if "," not in header else ","
 
 
 def _refuse_json(head: bytes, name: str) -> None:
@@ -67,7 +77,7 @@ def _refuse_json(head: bytes, name: str) -> None:
         raise FastossError("the file is JSON, not CSV", place=name, hint=f"name it {'.json' if start[1] == b'[' else '.jsonl'}")
 
 
-def _bad_csv(problem: csv.Error | BadRow, place: str) -> BadRow:
+def _bad_csv(problem: csv.Error | BadRow, place: str, mark: str) -> BadRow:
     if isinstance(problem, BadRow):
         return BadRow(problem.fact, place=place, hint=problem.hint)
     if "field larger" in str(problem):
@@ -75,16 +85,11 @@ def _bad_csv(problem: csv.Error | BadRow, place: str) -> BadRow:
     if "unexpected end of data" in str(problem):
         hint = f'a double quote (") opened in this row is never closed, or {CUT_SHORT}'
         return BadRow("not valid CSV: the file ends within a quoted cell", place=place, hint=hint)
-    return BadRow(f"not valid CSV: {problem}", place=place, hint='put texts with commas or line breaks between double quotes (")')
+    return BadRow(f"not valid CSV: {problem}", place=place, hint=f'put texts with {_MARKS[mark]} or line breaks between double quotes (")')
 
 
 def _checked_header(header: list[str], place: str) -> list[str]:
-    """The names of the columns. Raises `FastossError` when they cannot be: empty, twice, or cut at something else than commas."""
-    if len(header) == 1:
-        for letter, shown in ((";", "`;`"), ("\t", "tabs"), ("|", "`|`")):
-            if letter in header[0]:
-                fact = f"the columns are separated by {shown}, not by commas"
-                raise FastossError(fact, place=place, hint='save it with commas, texts between double quotes ("), or as JSONL')
+    """The names of the columns. Raises `FastossError` when they cannot be: empty, or twice."""
     for number, column in enumerate(header, 1):
         if not column.strip():
             hint = "a table saved by pandas? df.to_csv(path, index=False)" if number == 1 else "each column has a name in the first line"

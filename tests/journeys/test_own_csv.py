@@ -33,7 +33,7 @@ def test_from_a_table_to_the_demo(journey, browser):
     journey.replace("shop.toml", "thoughts", "thinking")
 
     checked = journey.run("fastoss check shop.toml")
-    assert "4 rows → 4 examples" in checked.out
+    assert "4 rows → 4 training examples" in checked.out
     shown = journey.run("fastoss show shop.toml --rows 3").out
     assert "Opening hours." in shown
     assert "+ final" in shown
