@@ -19,7 +19,7 @@ def test_from_answers_to_preferences_to_a_gguf(journey, browser):
     votes = journey.directory("cat").root / "preferences.jsonl"
     with journey.demo("runs/cat") as url, page(browser, url, viewport={"width": 1280, "height": 900}) as opened:
         choose(opened, "mode", "base | tuned")
-        set_tokens(opened, 24)
+        set_tokens(opened, 32)
         for question in QUESTIONS:
             ask_and_wait(opened, question, new=question != QUESTIONS[0])
             opened.click("#prefer-right")
@@ -33,7 +33,7 @@ def test_from_answers_to_preferences_to_a_gguf(journey, browser):
 
     # The demo wrote the recipe beside the votes; it names the run whose adapter DPO begins from.
     recipe = votes.with_name("preferences-dpo.toml").relative_to(journey.home)
-    assert "2 pairs" in journey.run(f"fastoss check {recipe}").out
+    assert "2 training pairs" in journey.run(f"fastoss check {recipe}").out
     short = "--set train.max_steps=6 --set train.learning_rate=1e-3 --set samples.from_train=2 --set samples.max_new_tokens=24"
     trained = journey.run(f"fastoss train {recipe} --output runs/better {short}")
     assert "runs/cat/adapter" in trained.err
