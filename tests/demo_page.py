@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 
 WAIT = 120_000  # milliseconds: the tests must not hang on a quiet machine
@@ -40,11 +41,15 @@ def language(opened, name: str) -> None:
 
 
 def set_tokens(opened, tokens: int) -> None:
-    if not opened.locator("#longest input[type=number]").is_visible():
+    number, slider = "#longest input[type=number]", "#longest input[type=range]"
+    if not opened.locator(number).is_visible():
         opened.click("#more button")
-    opened.fill("#longest input[type=number]", str(tokens))
-    opened.press("#longest input[type=number]", "Tab")
-    opened.wait_for_function("n => document.querySelector('#longest input[type=range]').value == n", arg=str(tokens))
+    until = time.monotonic() + WAIT / 1000
+    while opened.input_value(slider) != str(tokens):  # a page that is still being drawn may put the old value back
+        assert time.monotonic() < until
+        opened.fill(number, str(tokens))
+        opened.press(number, "Tab")
+        opened.wait_for_timeout(300)
 
 
 def done(opened, number: int = 1) -> None:
