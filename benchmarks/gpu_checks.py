@@ -227,7 +227,7 @@ def _run_all(phases: list[Phase], place: Place, facts: dict[str, Any], *, again:
                 print(f"ok      {phase.name:24}done before, {before['started']} (--again repeats it)", flush=True)
                 ended.append("ok")
             elif deadline - time.monotonic() < 10:
-                print(f"left    {phase.name:24}no time left; the same command goes on here", flush=True)
+                print(f"left    {phase.name:24}no time left; the same command resumes here", flush=True)
                 ended.append("left")
             else:
                 record = run_phase(phase, place, facts, min(phase.minutes * 60, deadline - time.monotonic()), warm)

@@ -58,13 +58,13 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The run directory, instead of runs/<name>.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; train nothing.")] = False,
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew instead of going on.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
     override_resume: Annotated[bool, typer.Option("--override-resume", help="Go on though recipe, data or libraries have changed.")] = False,
     log_json: LogJson = False,
     ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help="Try it though the plan says that it cannot fit on the card.")] = False,
 ) -> None:
-    """Train a recipe; the same command again goes on where it stopped."""
+    """Train a recipe; the same command again resumes where it stopped."""
     from fastoss.config import load_recipe
     from fastoss.run import RunDirectory
 
@@ -73,7 +73,7 @@ def train(
     if overwrite and not no_resume:
         raise FastossError("--overwrite goes with --no-resume", place="fastoss train")
     if override_resume and no_resume:
-        raise FastossError("--override-resume goes on, --no-resume begins anew: not both", place="fastoss train")
+        raise FastossError("--override-resume resumes, --no-resume starts over: use one of them", place="fastoss train")
     if dry_run:
         from fastoss.training.plan import dry_run_lines
 
@@ -346,9 +346,9 @@ def report(
         Path | None, typer.Option("--output", metavar="FILE", help="The page, instead of RUN/report.html or comparison.html beside the runs.")
     ] = None,
 ) -> None:
-    """Write a run's page anew, or compare several runs.
+    """Write a run's report again, or compare several runs.
 
-    The page needs no network and no scripts. Of one run the curves are drawn anew as well: curves.svg and curves.png.
+    The page needs no network and no scripts. For a single run, curves.svg and curves.png are drawn again as well.
     """
     from fastoss.report.curves import write_curves
     from fastoss.report.report import write_comparison, write_report

@@ -80,10 +80,10 @@ def generate(
     seed: Seed = None,
     max_new_tokens: NewTokens = 1024,
     base: Base = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
     log_json: LogJson = False,
 ) -> None:
-    """Answer a file of questions; the same command again goes on where it stopped."""
+    """Answer a file of questions; the same command again resumes where it stopped."""
     from fastoss.inference.generate import Batching
     from fastoss.inference.generate import generate as answer
 

@@ -122,7 +122,7 @@ class DataSource(_Section):
     columns: dict[str, str] = Field({}, description='our column name = the file\'s, such as { instruction = "question" }')
     weight: float = Field(1.0, gt=0, le=1000, description="how often each row is seen in an epoch; 0.5: every other epoch")
     max_rows: int | None = Field(None, ge=1, description="only the first so many rows")
-    cache: bool = Field(True, description="false: read and tokenise anew")
+    cache: bool = Field(True, description="false: read and tokenise again")
 
 
 class Identity(_Section):

@@ -7,7 +7,7 @@ from typing import Any
 
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving, the same command goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving, the same command resumes
 
 
 class FastossError(Exception):
@@ -45,7 +45,7 @@ class RunFailed(FastossError):
 
 
 class Stopped(FastossError):
-    """A signal stopped the run after it had saved: exit 75, the same command goes on."""
+    """A signal stopped the run after it had saved: exit 75, the same command resumes."""
 
     exit_code = EXIT_STOPPED
 

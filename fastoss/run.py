@@ -213,7 +213,7 @@ class RunDirectory:
             raise FastossError(f"cannot write: {problem.strerror}", place=str(self.root), hint=hint) from None
 
     def clear(self) -> None:
-        """Remove what a run wrote, and nothing else, so that it begins anew."""
+        """Remove what a run wrote, and nothing else, so that it starts over."""
         for path in (*self._folders(), *self.root.glob(".*.tmp"), *self.root.glob(".*.old")):
             shutil.rmtree(path, ignore_errors=True)
         for path in self._files():

@@ -51,7 +51,7 @@ def test_bench_is_stopped_goes_on_and_reports(packing):
     options = ["--gpus", "1,2", "--baseline", "transformers", "--steps", "3", "--repeats", "1", "--output", str(output)]
     stopped = stop_after_first(packing, output, options)
     assert stopped.code == 75, stopped.err
-    assert "stopped: 1 of 3 runs are done; the same command goes on from there" in stopped.err
+    assert "stopped: 1 of 3 runs are done; run the same command again to resume from there" in stopped.err
     first = output / "results" / "fastoss-1-1.json"
     before = first.read_bytes()
     assert json.loads((output / "bench.json").read_text())["contestants"][0]["runs"] == 1, "what there is has been reported"

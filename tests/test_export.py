@@ -240,7 +240,7 @@ def test_a_push_of_a_run(shared, tmp_path, monkeypatch):  # noqa: F811
         push_run(str(run), [], None, progress=quiet)
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(FastossError, match="trained anew since"):
+    with pytest.raises(FastossError, match="trained again after"):
         push_run(str(run), [], "me/mine", progress=quiet)
 
 

@@ -268,7 +268,7 @@ def test_simple_reasoning_response(golden):
     read = parse_completion(ids)
     assert read.thinking == 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'
     assert read.content == "2 + 2 = 4."
-    assert read.problems == ["the reply went on after its end"]
+    assert read.problems == ["the reply continued after its end"]
     ids[ids.index(RETURN)] = END
     again = parse_completion([*ids, RETURN])
     assert (again.thinking, again.content, again.problems, again.stop) == (read.thinking, read.content, [], RETURN)
@@ -281,7 +281,7 @@ def test_simple_tool_call(golden):
     read = parse_completion(ids)
     assert read.thinking == 'User asks: "What is the weather in Tokyo?" We need to use lookup_weather tool.'
     assert read.tool_call == ToolCall("lookup_weather", '{"location": "Tokyo"}')
-    assert read.problems == ["the reply went on after its end"]
+    assert read.problems == ["the reply continued after its end"]
 
 
 def test_streamable_parser(golden):
@@ -295,7 +295,7 @@ def test_streamable_parser(golden):
     assert (read.content, read.problems, read.stop) == ("", [], CALL)
     whole = parse_completion(ids)
     assert whole.tool_call == read.tool_call
-    assert "the reply went on after its end" in whole.problems
+    assert "the reply continued after its end" in whole.problems
 
 
 # openai-harmony's further tests of its parser, whose texts stand in its test file.
@@ -351,10 +351,10 @@ def test_streamable_parser_invalid_utf8_decoding(ids, text):
         ("<|channel|>commentary<|channel|>analysis<|message|>h<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", "h", "Hi", None),
         ("<|channel|>commentary 2?<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", None, "Hi", "a header without a message"),
         ("<|channel|>??<|message|>Hi<|return|>", None, "Hi", "a message with no known channel (??)"),
-        ("<|channel|>final<|message|>Hi<|end|><|start|>user<|message|>And?<|end|>", None, "Hi", "the reply went on with a message of user, left out"),
+        ("<|channel|>final<|message|>Hi<|end|><|start|>user<|message|>And?<|end|>", None, "Hi", "the reply continued with a message of user, left out"),
         (
             "<|channel|>final<|message|>Hi<|end|><|start|>functions.f to=assistant<|channel|>commentary<|message|>{}<|end|>",
-            None, "Hi", "the reply went on with a message of functions.f, left out",
+            None, "Hi", "the reply continued with a message of functions.f, left out",
         ),
     ],
 )  # fmt: skip

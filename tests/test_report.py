@@ -114,7 +114,7 @@ def test_what_happened_stands_at_the_top(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", text=PLAIN)
     assert sentences(read_facts(run)) == [
         "The embedded tiny gpt-oss was trained on 110 conversations by supervised fine-tuning with LoRA: 40 steps, 2 epochs of the data, in 1m20s.",
-        "On the way it was interrupted twice: killed (and went on after step 12), then stopped by a signal (and went on after step 24). "
+        "On the way it was interrupted twice: killed (and resumed after step 12), then stopped by a signal (and resumed after step 24). "
         "It ran to its end.",
         "The training loss went from 3.2 to 0.539 (mean of the last 4 steps); on rows held out from training from 2.35 (step 5) to 0.789.",
         "Of 1 training question asked back, the base model answers 0 word for word, the tuned one 1.",
@@ -128,7 +128,7 @@ def test_each_way_to_end_is_told(tmp_path: Path) -> None:
         return sentences(read_facts(run))[1]
 
     end = {"start": 1, "at": "2026-01-01T11:00:00", "said": "the loss is nan at step 7\nmore"}
-    assert told("killed", ends=[]) == "It was killed; the same command goes on from the last checkpoint."
+    assert told("killed", ends=[]) == "It was killed; run the same command again to resume from the last checkpoint."
     assert told("stopped", ends=[end | {"how": "stopped"}]) == "It was stopped by a signal: the loss is nan at step 7."
     assert told("failed", ends=[end | {"how": "failed"}]) == "It failed: the loss is nan at step 7."
     run = RunDirectory(tmp_path / "killed")

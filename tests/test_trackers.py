@@ -68,7 +68,7 @@ def recorded(cache: Path, tmp_path_factory: pytest.TempPathFactory):
     finally:
         server.close()
     assert result.code == 0, result.err
-    assert "going on from checkpoint-4" in result.err
+    assert "resuming from checkpoint-4" in result.err
     return SimpleNamespace(root=root, run=root / "run", err=killed.err + result.err, out=result.out, asked=asked)
 
 

@@ -175,12 +175,12 @@ def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(folder, processes):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
-    assert "the same command goes on from there" in err
+    assert "run the same command again to resume from there" in err
 
     for run in (killed, stopped):
         result, _ = train(folder, run.name, *LONGER, *processes)
         assert result.code == 0, result.err
-        assert "going on from checkpoint-" in result.err
+        assert "resuming from checkpoint-" in result.err
         assert metrics(run) == metrics(whole)
         assert same_adapter(run, whole)
         assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["checkpoint-8", "checkpoint-9"]
@@ -213,7 +213,7 @@ def test_resuming_with_accumulation_epochs_packing_and_dropout(folder, layout):
     (killed / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     result, _ = train(folder, "killed", *changes)
     assert result.code == 0, result.err
-    assert f"going on from {first.name}" in result.err
+    assert f"resuming from {first.name}" in result.err
     assert metrics(killed) == metrics(whole)
     assert same_adapter(killed, whole)
     assert {path.name for path in (killed / "checkpoints").iterdir()} == {path.name for path in (whole / "checkpoints").iterdir()}
@@ -302,7 +302,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder):
     assert "error: the " in result.err
     assert "is nan at step" in result.err
     assert "data.jsonl:" in result.err
-    assert "begin anew with a lower train.learning_rate" in result.err
+    assert "start over with a lower train.learning_rate" in result.err
     assert not (run / "adapter").exists()
     assert "failed" in (run / "metrics.jsonl").read_text()
 
@@ -458,6 +458,6 @@ def test_replies_to_held_out_rows_change_nothing_and_survive_a_kill(folder):
     shutil.rmtree(killed / "checkpoints" / "checkpoint-3")
     result, _ = train(folder, "killed", *settings, *asked)
     assert result.code == 0, result.err
-    assert "going on from checkpoint-2" in result.err
+    assert "resuming from checkpoint-2" in result.err
     assert metrics(killed) == metrics(whole)
     assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()

@@ -260,7 +260,7 @@ class CompletionParser:
             return self._feed_header(token_id)
         if token_id in (END, START):
             if token_id == START:
-                self.problems.append("a message began before the last one had ended" if self.stop is None else "the reply went on after its end")
+                self.problems.append("a message began before the last one had ended" if self.stop is None else "the reply continued after its end")
             rest = self._flush()
             self._header = []
             return rest
@@ -302,7 +302,7 @@ class CompletionParser:
         after = self._decode(header[where[-1] + 1 :]).replace(SPECIAL[CONSTRAIN], " ") if where else ""
         speaker = (before.split() or [""])[0]
         if speaker in ("system", "developer", "user") or speaker.startswith(("functions.", "browser.")):
-            self.problems.append(f"the reply went on with a message of {speaker}, left out")
+            self.problems.append(f"the reply continued with a message of {speaker}, left out")
             self._channel, self._recipient = "", None
             return None
         # The model writes the recipient before the channel or after it: both are read.

@@ -73,7 +73,7 @@ class Judge:
         self._listed = 0
 
     def understood(self, row: Row | BadRow, source: DataSource, *, held_out: bool) -> tuple[Conversation, ...] | None:
-        """The row as it goes on: its conversation, or of a pair the chosen one and the rejected one; None when it does not.
+        """The row as it is passed on: its conversation, or of a pair the chosen one and the rejected one; None when it does not.
 
         `self.near` is then its key.
         """
@@ -145,7 +145,7 @@ class Judge:
         return conversation
 
     def _stands_alone(self, said: Sequence[Conversation], held_out: bool) -> bool:
-        """Whether it goes on though it may stand elsewhere already, by the recipe's rules."""
+        """Whether it is passed on though it may occur elsewhere already, by the recipe's rules."""
         key, self.near = content_key(said), near_key(said)
         place = said[0].place
         if held_out:

@@ -121,7 +121,9 @@ class Demo:
         except FastossError as problem:
             return self._picture(talk, note=_words(problem))
         turn.preferred = place
-        return self._picture(talk, note=f"Kept as preference {len(self.pairs.rows())} in {self.pairs.path.name}. The chat goes on from this answer.")
+        return self._picture(
+            talk, note=f"Kept as preference {len(self.pairs.rows())} in {self.pairs.path.name}. The chat continues from this answer."
+        )
 
     def like(self, vote: str, request: gr.Request) -> tuple[Any, ...]:
         """A thumb: up keeps the answer as a row for SFT; together with a thumb the other way on another try it makes a pair."""

@@ -216,7 +216,7 @@ def push_run(name: str, formats: Sequence[str], repo: str | None, *, progress: P
     for folder in found if (root / "adapter" / WEIGHTS).is_file() else []:
         if read_json(folder / RESULT).get("adapter_sha256") != file_digest(root / "adapter" / WEIGHTS):
             hint = f"fastoss export {name} --format {folder.name}"
-            raise FastossError("the run was trained anew since it was exported", place=str(folder), hint=hint)
+            raise FastossError("the run was trained again after it was exported", place=str(folder), hint=hint)
     wanted = repo or _recipe_repo(root)
     if wanted is None:
         raise FastossError("no repository", place="--repo", hint="name one, or set hub.repo in the recipe")

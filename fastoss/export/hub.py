@@ -62,6 +62,6 @@ def push(folder: Path, repo: str, progress: Progress, *, private: bool = True) -
                 api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"fastoss export: {verdict['format']}")
     except Exception as problem:  # whatever the network or the hub raises
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        hint = "the export is whole; the same push goes on where it stopped: fastoss push"
+        hint = "the export is whole; run the same push again to resume it: fastoss push"
         raise RunFailed(f"the push failed: {first}", place=repo, hint=hint) from None
     return f"{api.endpoint}/{repo}"

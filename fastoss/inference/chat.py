@@ -25,13 +25,13 @@ HELP = """\
 /system TEXT                         the system text; alone: none
 /base, /tuned                        ask the base model, or the tuned one again
 /temperature T                       0 always takes the likeliest token
-/retry                               answer the last question anew
+/retry                               answer the last question again
 /undo                                forget the last question and its answer
 /new                                 forget all that was said
 /save FILE                           add the conversation to a JSONL file, as a row that can be trained
 /help                                this
 /quit, or Ctrl-D                     end; Ctrl-C stops a reply
-A line that ends with \\ goes on in the next one."""
+A line that ends with \\ continues on the next one."""
 
 
 class Talk:

@@ -1,4 +1,4 @@
-"""Questions of a file → answers in a file: batches, kept as they come, so that a killed run goes on where it stopped."""
+"""Questions of a file → answers in a file: batches, kept as they come, so that a killed run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
 from fastoss.run import file_digest, file_lock, write_json, write_whole
 
 _PROGRESS_S = 10.0
-_LATER = "give the same command to go on with those settings, --overwrite to begin anew, or another --output"
+_LATER = "give the same settings to resume, --overwrite to start over, or another --output"
 
 Say = Callable[[str], None]
 
@@ -48,7 +48,7 @@ class Batching:
 def generate(model: str, source: Path, output: Path, how: Batching, *, overwrite: bool = False, max_rows: int | None = None, say: Say) -> None:
     """Answer every question of `source` into `output` (JSONL, in the order of the input; docs/answers.md lists the fields).
 
-    Finished batches lie in a hidden file beside it; the same command goes on after them. Raises `FastossError` with `file:line` for
+    Finished batches lie in a hidden file beside it; the same command resumes after them. Raises `FastossError` with `file:line` for
     what cannot be asked, before a model is loaded, and where the output belongs to other settings.
     """
     asked = read_asked(source, max_rows=max_rows)
@@ -60,7 +60,7 @@ def generate(model: str, source: Path, output: Path, how: Batching, *, overwrite
             files.remove()
         done = files.found()
         if done is None:
-            say(f"{output} is finished; --overwrite answers anew")
+            say(f"{output} is finished; --overwrite answers it again")
             return
         from fastoss.inference.opening import open_model
 
@@ -240,7 +240,7 @@ class _Files:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as problem:
-            raise RunFailed(f"cannot be written: {problem.strerror}", place=str(self.partial), hint="the same command goes on") from None
+            raise RunFailed(f"cannot be written: {problem.strerror}", place=str(self.partial), hint="run the same command again to resume") from None
 
     def finish(self, done: dict[int, list[dict[str, Any]]]) -> None:
         rows = sorted((row for batch in done.values() for row in batch), key=lambda row: (row["index"], row["sample"]))

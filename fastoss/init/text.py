@@ -77,7 +77,7 @@ def recipe_text(settings: Settings, file: str) -> str:
             "",
             *(_dpo() if dpo else []),
             "[checkpoint]",
-            _commented("every = 50", "steps; the same command goes on from the last one"),
+            _commented("every = 50", "steps; the same command resumes from the last one"),
             "keep = 2",
             "",
             _commented("[samples]", "answered before and after training, so that you see what changed"),

@@ -111,7 +111,7 @@ def speeds(entries: Sequence[Entry], resumed: Sequence[int] = ()) -> list[tuple[
 
 
 def resumed_after(run: RunDirectory, entries: Sequence[Entry]) -> list[int]:
-    """Steps whose checkpoint the run went on from, and has gone beyond."""
+    """Steps whose checkpoint the run resumed from, and has gone beyond."""
     told = _manifest(run).get("resumed_after_step", [])
     last = max((entry["step"] for entry in entries), default=0)
     # Where a later start had to go back further, the steps were made again, in one go.

@@ -147,7 +147,7 @@ def _course_part(facts: Facts) -> Html | None:
         rows.append(tag("tr", tag("td", f"at step {change.get('at_step', '?')}"), tag("td", f"changed: {change.get('what')}", colspan=3)))
     notes = [tag("li", words(said, "span"), f" ({count} times)" if count > 1 else None) for said, count in facts.notes]
     notes += [tag("li", f"{name} is damaged and was left out of this page") for name in facts.damaged]
-    head = tag("tr", *(tag("th", name) for name in ("started", "went on", "ended", "said at the end")))
+    head = tag("tr", *(tag("th", name) for name in ("started", "resumed", "ended", "said at the end")))
     table = tag("div", tag("table", head, *rows), class_="wide stack") if rows else None
     warned = join(tag("h3", "Warnings and notes"), tag("ul", *notes, class_="notes")) if notes else tag("p", "No warnings were said.", class_="muted")
     return section("course", "The run's course", table, warned)
@@ -179,7 +179,7 @@ def _repeat_part(facts: Facts) -> Html:
     command = facts.manifest.get("command")
     parts: list[Html | None] = []
     if command:
-        told = "The same command in the same folder goes on where the run stopped; add --output DIR to make it again elsewhere."
+        told = "The same command in the same folder resumes where the run stopped; add --output DIR to repeat it elsewhere."
         parts += [tag("pre", str(command), class_="command"), tag("p", told, class_="muted")]
     given = facts.run.recipe.read_text(encoding="utf-8", errors="replace") if facts.run.recipe.is_file() else None
     if given is not None:

@@ -40,7 +40,7 @@ def _what(facts: Facts) -> str:
 
 
 def interruptions(facts: Facts) -> list[tuple[str, int | None]]:
-    """Why each start but the last ended, and the step after which the next one went on."""
+    """Why each start but the last ended, and the step from which the next one resumed."""
     starts = len(facts.starts)
     resumed = facts.manifest.get("resumed_after_step", [])
     found = []
@@ -55,7 +55,7 @@ def interruptions(facts: Facts) -> list[tuple[str, int | None]]:
 
 def how_it_ended(facts: Facts) -> str:
     stops = interruptions(facts)
-    told = ", then ".join(how + (f" (and went on after step {step:,})" if step is not None else " (and went on)") for how, step in stops)
+    told = ", then ".join(how + (f" (and resumed after step {step:,})" if step is not None else " (and resumed)") for how, step in stops)
     last = facts.ends.get(len(facts.starts), {})
     said = str(last.get("said") or "").splitlines()
     reason = f": {said[0]}" if said else ""
@@ -64,8 +64,8 @@ def how_it_ended(facts: Facts) -> str:
         "stopped": f"It was stopped by a signal{reason}.",
         "failed": f"It failed{reason}.",
         "training": "It is still training.",
-        "killed": "It was killed; the same command goes on from the last checkpoint.",
-        "unfinished": "It has not come to its end; the same command goes on from the last checkpoint.",
+        "killed": "It was killed; run the same command again to resume from the last checkpoint.",
+        "unfinished": "It has not come to its end; run the same command again to resume from the last checkpoint.",
     }
     ending = endings[facts.state]
     if not stops:

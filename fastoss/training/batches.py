@@ -68,7 +68,7 @@ def batch_lines(recipe: Recipe, layout: Layout, units: Units, total_steps: int, 
         lines.append(f"chats of several turns as trees, their history computed once: {100 * units.saved:.0f} % fewer tokens")
     every = recipe.checkpoint.every
     if every != "epoch" and every >= total_steps:
-        lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed begins anew")
+        lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed starts over")
     if recipe.eval.fraction and recipe.eval.every >= total_steps:
         lines.append(f"note: no evaluation before the end (eval.every = {recipe.eval.every})")
     return lines

@@ -69,7 +69,7 @@ def bench(
             _run_all(contestants, output, facts, sample, console)
         except KeyboardInterrupt:
             done = [_result_file(output, c, repeat).is_file() for c in contestants for repeat in range(1, repeats + 1)]
-            raise Stopped(f"{sum(done)} of {len(done)} runs are done; the same command goes on from there") from None
+            raise Stopped(f"{sum(done)} of {len(done)} runs are done; run the same command again to resume from there") from None
     return output
 
 
@@ -179,7 +179,7 @@ def _check_exit(code: int, contestant: Contestant, log: Path) -> None:
         raise KeyboardInterrupt
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "it said nothing")
-    hint = f"its log is {log}; the same command goes on with this run"
+    hint = f"its log is {log}; run the same command again to repeat this run"
     failure = FastossError if code == EXIT_BAD_INPUT else RunFailed
     raise failure(f"the run ended with {code}: {said.removeprefix('error: ')}", place=contestant.name, hint=hint)
 
@@ -226,7 +226,7 @@ def _known(output: Path, contestant: Contestant, repeat: int, inputs: dict[str, 
                 if old[key] != (inputs["recipe"].get(section) or {}).get(key)]  # fmt: skip
         changed = [*(key for key in changed if key not in ("recipe", "work")), *(keys or ["recipe"])]
     if changed:
-        hint = "remove the folder to begin anew, or choose another place with --output"
+        hint = "remove the folder to start over, or choose another place with --output"
         raise FastossError(f"the folder holds results of other settings ({', '.join(changed)})", place=str(output), hint=hint)
     return result
 

@@ -65,7 +65,7 @@ def checkpoint_fault(checkpoint: Path, *, contents: bool = True) -> str | None:
 def latest_checkpoint(run: RunDirectory, say: Callable[[str], None] | None = None, *, contents: bool = True) -> Path | None:
     """The newest whole checkpoint, or None. Newer ones that are damaged are passed over, each with a line to `say`.
 
-    Without `contents` names and sizes are enough: for whoever does not go on from it and need not read gigabytes.
+    Without `contents` names and sizes are enough: for whoever does not resume from it and need not read gigabytes.
     """
     for checkpoint in reversed(list_checkpoints(run)):
         fault = checkpoint_fault(checkpoint, contents=contents)
@@ -140,7 +140,7 @@ class CheckpointWriter:
         except Exception as problem:
             full = disk_full(problem, self.run.root, expected, f"checkpoint-{saving.step}")
             self._error = full or RunFailed(
-                f"checkpoint-{saving.step} could not be saved: {problem}", hint="the same command goes on from the last checkpoint"
+                f"checkpoint-{saving.step} could not be saved: {problem}", hint="run the same command again to resume from the last checkpoint"
             )
 
     def _publish(self, saving: Saving) -> Path:

@@ -10,7 +10,7 @@ from fastoss.errors import FastossError, RunFailed
 from fastoss.run import RunDirectory, size_of
 
 _MARGIN = 64 * 2**20  # logs, metrics, samples, and what the file system itself needs
-HINT = "free some space, or keep fewer checkpoints (checkpoint.keep); the same command goes on from the last checkpoint"
+HINT = "free some space, or keep fewer checkpoints (checkpoint.keep); run the same command again to resume from the last checkpoint"
 
 
 def check_room(run: RunDirectory, trained_parameters: int, keep: int) -> int:
@@ -22,7 +22,7 @@ def check_room(run: RunDirectory, trained_parameters: int, keep: int) -> int:
     checkpoint = 12 * trained_parameters
     needed = (keep + 1) * checkpoint + 4 * trained_parameters + _MARGIN
     free = shutil.disk_usage(run.root).free
-    there = size_of(run.checkpoints) if run.checkpoints.is_dir() else 0  # a run that goes on has some of it already
+    there = size_of(run.checkpoints) if run.checkpoints.is_dir() else 0  # a resumed run has some of it already
     if free + there < needed:
         fact = f"{size(needed)} are needed for checkpoints and adapter, {size(free)} are free on this disk"
         raise FastossError(fact, place=str(run.root), hint="free some space, choose another place with --output, or lower checkpoint.keep")

@@ -84,10 +84,10 @@ def _checkpoints(run: RunDirectory) -> Iterator[Finding]:
         if fault is None:
             yield Finding(checkpoint.name, "ok", "whole, all checksums right")
         else:
-            hint = f"the run would go on from {whole[-1].name}" if whole else "no other is whole: begin anew with --no-resume --overwrite"
+            hint = f"the run would resume from {whole[-1].name}" if whole else "no other is whole: start over with --no-resume --overwrite"
             yield Finding(checkpoint.name, "broken", fault, hint)
     if not found and not run.is_finished():
-        yield Finding("checkpoints", "note", "none yet: the same command would begin anew")
+        yield Finding("checkpoints", "note", "none yet: the same command would start over")
 
 
 def _adapter(run: RunDirectory) -> Iterator[Finding]:

@@ -75,7 +75,9 @@ def launch(arguments: Sequence[str], gpus: int, run: RunDirectory, *, nodes: int
             failed.failures.values(), key=lambda failure: (failure.timestamp, failure.exitcode == -signal.SIGTERM)
         )  # SIGTERM: the launcher ends the others
         if not known and first.exitcode < 0:
-            Console().say(f"error: a process was killed by signal {-first.exitcode}\nhint: the same command goes on from the last checkpoint")
+            Console().say(
+                f"error: a process was killed by signal {-first.exitcode}\nhint: run the same command again to resume from the last checkpoint"
+            )
         return known[0] if known else EXIT_RUN_FAILED
     except SignalException as stopped:
         # The launcher passed the signal on; whether the processes came to save shows in the run.

@@ -136,7 +136,7 @@ def _probe(parts: list[str], cards: list[Card]) -> list[Line]:
             found += [Line(part, "slow", why, "the machine is busy, or a driver hangs: ask again") for part in parts]
             break
         if parts:
-            found.append(Line(parts[0], "broken", why, "what came after the line above broke it: install fastoss anew in a fresh .venv"))
+            found.append(Line(parts[0], "broken", why, "what came after the line above broke it: install fastoss again, in a fresh .venv"))
             parts = parts[1:]
     return found
 

@@ -199,7 +199,7 @@ def main() -> None:
                 note()
         except Exception as problem:
             told = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
-            lines.append({"what": name, "state": "broken", "told": told, "fix": "install fastoss anew in a fresh .venv"})
+            lines.append({"what": name, "state": "broken", "told": told, "fix": "install fastoss again, in a fresh .venv"})
         done.append(name)
         note()
 

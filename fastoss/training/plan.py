@@ -57,4 +57,4 @@ def _state(recipe: Recipe, run: RunDirectory, facts: dict[str, Any]) -> str:
         check_same_run(run, recipe, facts)
     except FastossError as refusal:
         return f"would be refused, {refusal.fact}"
-    return "is finished already" if run.is_finished() else "would go on"
+    return "is finished already" if run.is_finished() else "would resume"

@@ -75,7 +75,7 @@ class Console:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a line for each step, and one for each evaluation. A resumed run goes on after its checkpoint."""
+    """`metrics.jsonl`: a line for each step, and one for each evaluation. A resumed run appends after its checkpoint."""
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path

@@ -1,4 +1,4 @@
-"""Opening a run directory: whether the run may go on, by what has changed since it began.
+"""Opening a run directory: whether the run may resume, by what has changed since it began.
 
 The rule, as docs/reliability.md tells it: a change that no learned number can show is free; another model, method or LoRA is
 another run; all else (settings, data, number of processes, libraries beyond their last figure) is refused unless the person
@@ -62,11 +62,11 @@ def opened(
         if run.exists() and not resume:
             if not overwrite:
                 hint = "add --overwrite to remove it, or name another place with --output"
-                raise FastossError("the run directory holds a run, and --no-resume would begin anew", place=str(run.root), hint=hint)
+                raise FastossError("the run directory holds a run, and --no-resume would start over", place=str(run.root), hint=hint)
             run.clear()
         checkpoint = latest_checkpoint(run, console.say)
         if checkpoint is None and list_checkpoints(run) and not run.is_finished():
-            hint = "put back what is missing, or begin anew with --no-resume --overwrite"
+            hint = "put back what is missing, or start over with --no-resume --overwrite"
             raise RunFailed("none of this run's checkpoints is whole", place=str(run.checkpoints), hint=hint)
         accepted: list[Change] = []
         if run.exists() and (run.is_finished() or checkpoint):
@@ -84,7 +84,7 @@ def opened(
         write_whole(run.recipe, recipe_path.read_bytes())
         before = read_json(run.manifest) if run.manifest.is_file() else {}
         begun = {
-            "run_id": before.get("run_id") or secrets.token_hex(8),  # by which trackers know a run that goes on
+            "run_id": before.get("run_id") or secrets.token_hex(8),  # by which trackers recognise a resumed run
             "trackers": before.get("trackers", {}),  # the ids that the libraries gave it
             "started": [*before.get("started", []), time.strftime("%Y-%m-%dT%H:%M:%S%z")],
             "resumed_after_step": [*before.get("resumed_after_step", []), *([checkpoint_step(checkpoint)] if checkpoint else [])],
@@ -131,7 +131,7 @@ def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, 
     changes = changes_since(run, recipe, facts)
     other = [change for change in changes if change.kind == "another run"]
     if other:
-        hint = "begin anew with --no-resume --overwrite, or in another place with --output"
+        hint = "start over with --no-resume --overwrite, or in another place with --output"
         raise FastossError(
             f"this is another run than the one begun here: {_lines([*other, *(c for c in changes if c.kind == 'insist')])}",
             place=str(run.root),
@@ -139,7 +139,7 @@ def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, 
         )
     insisted = [change for change in changes if change.kind == "insist"]
     if insisted and not override:
-        hint = "--override-resume goes on all the same; --no-resume --overwrite begins anew; --output names another place"
+        hint = "--override-resume resumes all the same; --no-resume --overwrite starts over; --output names another place"
         raise FastossError(f"the run was begun otherwise: {_lines(insisted)}", place=str(run.root), hint=hint)
     return [change for change in changes if change.kind != "free"]
 

@@ -213,7 +213,7 @@ def _measured(run: RunDirectory) -> dict[str, Any]:
 def note_measured(run: RunDirectory, plan: RunPlan, *, peak_bytes: int, seconds: float) -> str:
     """Add what was measured to plan.json; returns the line for people.
 
-    `peak_bytes` as measure.py counts it, `seconds` of this start's steps: earlier starts of a run that went on are added.
+    `peak_bytes` as measure.py counts it, `seconds` of this start's steps: earlier starts of a resumed run are added.
     """
     before = _measured(run).get("measured", {"peak_bytes": 0, "seconds": 0.0})
     peak, taken, disk = max(peak_bytes, before["peak_bytes"]), seconds + before["seconds"], size_of(run.root)

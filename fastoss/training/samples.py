@@ -64,7 +64,7 @@ class Samples:
         self.before: list[dict[str, Any]] = []
 
     def answer_before(self, model: Any, plan: ModelPlan, step: int = 0) -> None:
-        """Answer with the model as the run starts, unless an earlier start of this run did so; `step` is the one it goes on from."""
+        """Answer with the model as the run starts, unless an earlier start of this run did so; `step` is the one it resumes from."""
         self.plan = plan
         if not self.questions or rank() != 0:
             return

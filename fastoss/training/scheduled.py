@@ -30,9 +30,7 @@ from fastoss.training.progress import Console, MetricsFile, rank, world_size
 from fastoss.training.signals import StopRequest
 from fastoss.training.watchdog import Watchdog
 
-BROKEN_HINT = (
-    "look at these rows, or begin anew with a lower train.learning_rate (--no-resume --overwrite); the same command goes on from the last checkpoint"
-)
+BROKEN_HINT = "look at these rows, or start over with a lower train.learning_rate (--no-resume --overwrite); run the same command again to resume from the last checkpoint"
 
 
 @dataclass

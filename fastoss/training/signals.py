@@ -45,7 +45,7 @@ class StopRequest:
             self._write(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
         elif now - self._since > _SAME_REQUEST_S:
             # At once: nothing on the way out may wait for another process, and a checkpoint is whole at any moment.
-            self._write("stopped at once by a second signal; the same command goes on from the last checkpoint")
+            self._write("stopped at once by a second signal; run the same command again to resume from the last checkpoint")
             os._exit(128 + number)
 
     def _write(self, line: str) -> None:

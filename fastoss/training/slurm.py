@@ -1,4 +1,4 @@
-"""`fastoss slurm`: a batch script that saves ahead of the time limit and goes on in the next slot; on several nodes; for several settings."""
+"""`fastoss slurm`: a batch script that saves ahead of the time limit and resumes in the next slot; on several nodes; for several settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCRIPT = """\
 #SBATCH --output={output}
 
 # fastoss hears USR1 {ahead} s before the time limit, finishes its step, saves and exits with {stopped}; the job is then put back
-# into the queue, and the same command goes on. The signal comes to this shell ("B:"), which hands it on.
+# into the queue, and the same command resumes the run. The signal goes to this shell ("B:"), which passes it on.
 set -u
 cd {folder} || exit 1{venv}
 {prepare}

@@ -1,6 +1,6 @@
 """One record a library: SwanLab, Weights & Biases, TensorBoard, Trackio, MLflow. Handed figures by trackers.py, never asked for a decision.
 
-A record says what it holds (`held`: the last step of each metric), takes figures (`log`) and is closed. A run that goes on opens the
+A record says what it holds (`held`: the last step of each metric), takes figures (`log`) and is closed. A resumed run opens the
 same record: by the run's own id where a library lets us choose, else by the library's, which the manifest keeps.
 """
 

@@ -1,6 +1,6 @@
 """Experiment trackers: which of those that a recipe names can record here, and how a run's steps get to them, each once.
 
-`metrics.jsonl` is the truth. It hands each line on as it is written; a run that goes on first gives a tracker what a kill took from
+`metrics.jsonl` is the truth. It hands each line on as it is written; a resumed run first gives a tracker what a kill took from
 it, and leaves out what it holds already. A tracker that fails is left out with a line: the run goes on.
 """
 
@@ -94,7 +94,7 @@ class Trackers:
         except Exception as problem:  # whatever a library, a network or a full disk raises
             self.open.pop(name, None)
             first = (str(problem).strip() or "no reason given").splitlines()[0]
-            self.console.say(f"note: {name} failed ({type(problem).__name__}: {first}); the run goes on without it, metrics.jsonl has every figure")
+            self.console.say(f"note: {name} failed ({type(problem).__name__}: {first}); the run continues without it, metrics.jsonl has every figure")
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:

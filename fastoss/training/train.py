@@ -41,7 +41,7 @@ def train(
     recipe: Recipe, recipe_path: Path, run: RunDirectory, *, sample: bool = False, resume: bool = True, overwrite: bool = False,
     override_resume: bool = False, ignore_plan: bool = False, command: str | None = None,
 ) -> RunDirectory:  # fmt: skip
-    """Run a recipe to its end in `run`, or go on where it stopped; `override_resume` insists on going on with another recipe or data,
+    """Run a recipe to its end in `run`, or resume it where it stopped; `override_resume` insists on resuming with another recipe or data,
     `ignore_plan` on trying what cannot fit on the card.
 
     `command` is what the person typed, kept for the report.
@@ -195,7 +195,7 @@ def _train_model(
         check_first_pairs(trainer, HarmonyRenderer(recipe.format))
     _agree_on_checkpoint(checkpoint_step(checkpoint) if checkpoint else 0)
     if checkpoint:
-        console.say(f"going on from {checkpoint.name}")
+        console.say(f"resuming from {checkpoint.name}")
     records = Trackers(trackers, recipe, run, console)
     training.metrics.follow = records.log
     begun = time.monotonic()
@@ -218,7 +218,7 @@ def _train_model(
     if trainer.state.global_step < training.total_steps:
         if rank() == 0:
             measured()
-        raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; the same command goes on from there")
+        raise Stopped(f"saved at step {trainer.state.global_step:,} of {training.total_steps:,}; run the same command again to resume from there")
     first = checkpoint_step(checkpoint) + 1 if checkpoint else 1
     console.say(f"trained steps {first:,} to {training.total_steps:,} in {duration(time.monotonic() - begun)}")
     watchdog.stage("asking the last questions")
@@ -251,12 +251,14 @@ def _told(problem: Exception, trainer: Any, run: RunDirectory) -> Exception:
         return full
     step = trainer.state.global_step + 1
     if world_size() > 1 and any(name in str(problem) for name in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
-        return RunFailed(f"process {rank()} lost contact with another one in step {step}", hint="the same command goes on from the last checkpoint")
+        return RunFailed(
+            f"process {rank()} lost contact with another one in step {step}", hint="run the same command again to resume from the last checkpoint"
+        )
     return problem
 
 
 def _agree_on_checkpoint(step: int) -> None:
-    """Every rank must go on from the same step: on a slow shared disk one might not see the newest checkpoint."""
+    """Every rank must resume from the same step: on a slow shared disk one might not see the newest checkpoint."""
     import torch
 
     if world_size() > 1:

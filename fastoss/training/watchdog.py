@@ -84,7 +84,7 @@ class Watchdog:
                 # One process speaks, and the launcher ends the others: the higher ranks leave the first word to the lower ones.
                 if rank() and self._done.wait(min(5.0, self.timeout) * rank()):
                     return
-                self.say(f"error: {verdict}\nhint: the same command goes on from the last checkpoint")
+                self.say(f"error: {verdict}\nhint: run the same command again to resume from the last checkpoint")
                 sys.stderr.flush()
                 os._exit(EXIT_RUN_FAILED)
 

@@ -73,7 +73,7 @@ def test_the_run_goes_on_from_the_newest_whole_checkpoint(place: Place, prepared
     assert result.code == 0, result.err
     assert "checkpoint-6 is passed over: optimizer.pt has" in result.err
     assert "checkpoint-4 is passed over: adapter_model.safetensors is not what was written" in result.err
-    assert "going on from checkpoint-2" in result.err
+    assert "resuming from checkpoint-2" in result.err
     same_end(place.run, prepared.whole)
 
 

@@ -53,14 +53,14 @@ def test_a_disk_that_fills_up_leaves_what_was_saved(fresh: Place, prepared: Prep
         assert result.code == 1, result.err
         assert "the disk is full: checkpoint-6 needs" in result.err or "the disk is full: checkpoint-6 could not be written" in result.err, result.err
         assert "MB are free" in result.err
-        assert "the same command goes on" in result.err
+        assert "run the same command again to resume" in result.err
         whole = list_checkpoints(RunDirectory(run))
         assert [checkpoint.name for checkpoint in whole] == ["checkpoint-2", "checkpoint-4"]
         assert [checkpoint_fault(checkpoint) for checkpoint in whole] == [None, None]
         shutil.copytree(run, fresh.run)  # as if there were room again
     again = fresh.again()
     assert again.code == 0, again.err
-    assert "going on from checkpoint-4" in again.err
+    assert "resuming from checkpoint-4" in again.err
     same_end(fresh.run, prepared.whole)
 
 
@@ -183,7 +183,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(fresh: Place, prepared: Prep
     result = fresh.again("--set", 'log.trackers=["tensorboard"]', TENSORBOARD_LOGGING_DIR=place)
     assert result.code == 0, result.err
     assert "note: tensorboard failed (" in result.err
-    assert "the run goes on without it, metrics.jsonl has every figure" in result.err
+    assert "the run continues without it, metrics.jsonl has every figure" in result.err
     same_end(fresh.run, prepared.whole)
 
 
@@ -197,7 +197,7 @@ ticks = itertools.count()
 time.time = lambda: 2**31 - 1e6 * next(ticks) % 2**30
 """
     result = place.again(prelude=backwards)
-    assert (result.code, "going on from checkpoint-6" in result.err) == (0, True), result.err
+    assert (result.code, "resuming from checkpoint-6" in result.err) == (0, True), result.err
     same_end(place.run, prepared.whole)
 
 

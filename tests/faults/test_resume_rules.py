@@ -34,7 +34,7 @@ def test_free_changes_are_taken_and_the_numbers_stay(place: Place, prepared: Pre
 def test_other_changes_are_refused_with_what_differs(place: Place, change):
     result = place.again("--set", change)
     assert (result.code, f"the run was begun otherwise: {INSIST[change]}" in result.err) == (2, True), result.err
-    assert "--override-resume goes on all the same" in result.err
+    assert "--override-resume resumes all the same" in result.err
     assert len(metrics(place.run)) >= 6
 
 

@@ -67,7 +67,7 @@ def test_a_second_signal_stops_at_once(fresh: Place, prepared: Prepared):
     assert "stopped at once by a second signal" in stopped.err
     assert [checkpoint_fault(checkpoint) for checkpoint in list_checkpoints(RunDirectory(fresh.run))] == [None]
     result = fresh.again()
-    assert (result.code, "going on from checkpoint-2" in result.err) == (0, True), result.err
+    assert (result.code, "resuming from checkpoint-2" in result.err) == (0, True), result.err
     same_end(fresh.run, prepared.whole)
 
 
@@ -78,7 +78,7 @@ def test_a_signal_while_the_model_loads_loses_nothing(place: Place, prepared: Pr
     running.kill(signal.SIGTERM)
     assert running.wait(10).code in (128 + signal.SIGTERM, -signal.SIGTERM)
     result = place.again()
-    assert (result.code, "going on from checkpoint-6" in result.err) == (0, True), result.err
+    assert (result.code, "resuming from checkpoint-6" in result.err) == (0, True), result.err
     same_end(place.run, prepared.whole)
 
 
@@ -112,5 +112,5 @@ def test_a_time_limit_of_slurm_is_only_a_pause(fresh: Place, prepared: Prepared,
     shutil.copytree(fresh.run, tmp_path / "copy")
     result = fresh.again()  # the next slot runs the very same command
     assert result.code == 0, result.err
-    assert "going on from checkpoint-" in result.err
+    assert "resuming from checkpoint-" in result.err
     same_end(fresh.run, prepared.whole)
