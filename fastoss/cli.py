@@ -27,7 +27,7 @@ app = typer.Typer(name="fastoss", no_args_is_help=True, add_completion=False, pr
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set train.learning_rate=2e-4.")]
-UseSample = Annotated[bool, typer.Option("--sample", help="Read each source's shipped sample in its place.")]
+UseSample = Annotated[bool, typer.Option("--sample", help="Read the sample that each source names instead of the source.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,18 +51,18 @@ def train(
     recipe: RecipePath,
     set: Overrides = None,
     sample: UseSample = False,
-    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="Train in N processes, one a GPU (on the CPU where there is none).")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="Train in N processes, one per GPU (on the CPU if there is none).")] = None,
     nodes: Annotated[int, typer.Option("--nodes", metavar="M", min=1, help="Machines that train together; each runs this command.")] = 1,
     rendezvous: Annotated[
-        str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where they meet: the first one's name and a free port.")
+        str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where the machines meet: the first one's name and a free port.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The run directory, instead of runs/<name>.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; train nothing.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
-    override_resume: Annotated[bool, typer.Option("--override-resume", help="Go on though recipe, data or libraries have changed.")] = False,
+    override_resume: Annotated[bool, typer.Option("--override-resume", help="Resume although recipe, data or libraries have changed.")] = False,
     log_json: LogJson = False,
-    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help="Try it though the plan says that it cannot fit on the card.")] = False,
+    ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help="Train although the plan says that it cannot fit on the card.")] = False,
 ) -> None:
     """Train a recipe; the same command again resumes where it stopped."""
     from fastoss.config import load_recipe
@@ -71,7 +71,7 @@ def train(
     resolved = load_recipe(recipe, set or ())
     run = RunDirectory(output or Path("runs") / resolved.name)
     if overwrite and not no_resume:
-        raise FastossError("--overwrite goes with --no-resume", place="fastoss train")
+        raise FastossError("--overwrite works only with --no-resume", place="fastoss train")
     if override_resume and no_resume:
         raise FastossError("--override-resume resumes, --no-resume starts over: use one of them", place="fastoss train")
     if dry_run:
@@ -109,11 +109,12 @@ def check(
         bool, typer.Option("--template", help="Compare our rendering with the model's chat template and openai-harmony, token by token.")
     ] = False,
     card: Annotated[
-        str | None, typer.Option("--card", metavar="NAME", help="Judge it for this card: 24GB, 4090, A100-80, H200, …; else the one found, or 24 GB.")
+        str | None,
+        typer.Option("--card", metavar="NAME", help="Plan for this card: 24GB, 4090, A100-80, H200, …; else the one found, or 24 GB."),
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Judge it for so many processes, one a card.")] = 1,
-    price: Annotated[float | None, typer.Option("--price", metavar="P", min=0, help="Say the cost at this price for a card and hour.")] = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Where it does not fit: write NAME-fit.toml, a recipe that does.")] = False,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Plan for N processes, one per card.")] = 1,
+    price: Annotated[float | None, typer.Option("--price", metavar="P", min=0, help="Show the cost at this price per card and hour.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="If it does not fit: write NAME-fit.toml, a recipe that does.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Check recipe and data and plan the run, without loading a model."""
@@ -159,9 +160,9 @@ def show(
     set: Overrides = None,
     sample: UseSample = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="How many training examples to show.")] = 3,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write all of it as one page for the browser.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write all examples as one page for the browser.")] = None,
 ) -> None:
-    """Show the very tokens and labels that are trained."""
+    """Show exactly the tokens and labels that are trained."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
 
@@ -184,18 +185,18 @@ def show(
 
 @app.command()
 def init(
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Your rows: a file, a folder, or a hub's data set (hf:NAME).")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Your rows: a file, a folder, or a hub dataset (hf:NAME).")] = None,
     method: Annotated[
         str | None, typer.Option("--method", metavar="M", help="sft (chats), dpo (pairs), or reasoning (the language of the reasoning).")
     ] = None,
-    card: Annotated[str | None, typer.Option("--card", metavar="NAME", help="The card it is for: 24GB, 4090, A100-80, H200, …")] = None,
+    card: Annotated[str | None, typer.Option("--card", metavar="NAME", help="The card to plan for: 24GB, 4090, A100-80, H200, …")] = None,
     name: Annotated[str | None, typer.Option("--name", metavar="N", help="The recipe's name: its run goes to runs/N.")] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The recipe to write, instead of N.toml.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take what the rows suggest.")] = False,
 ) -> None:
     """Write a commented recipe for your own rows.
 
-    It looks at them first, and asks for what is not given. Nothing is written over.
+    It looks at the rows first, and asks for what is not given. No file is overwritten.
     """
     from fastoss.init.write import Answers, write_recipe
 
@@ -217,17 +218,18 @@ def export(
     run: RunOrAdapter,
     format: Annotated[list[str], typer.Option("--format", metavar="NAME", help="adapter, merged, mxfp4 or gguf; may be given several times.")],
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of RUN/exports; a format gets a folder in it.")
+        Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of RUN/exports; each format gets a folder in it.")
     ] = None,
-    quantization: Annotated[str, typer.Option("--quantization", metavar="NAME", help="Of GGUF: mxfp4, bf16, f16 or q8_0.")] = "mxfp4",
+    quantization: Annotated[str, typer.Option("--quantization", metavar="NAME", help="For GGUF: mxfp4, bf16, f16 or q8_0.")] = "mxfp4",
     base: BaseFolder = None,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this repository of the hub (token from HF_TOKEN).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would need; write nothing.")] = False,
     log_json: LogJson = False,
 ) -> None:
     """Write a run's model for other programs, and verify it.
 
-    A folder appears only when every LoRA change was found in it, it answers as the adapter does, and its template writes the training tokens.
+    A folder appears only if every LoRA change was found in its weights, it answers as the adapter does, and its template writes the training
+    tokens.
     """
     from fastoss.export.export import export as write
 
@@ -274,16 +276,16 @@ app.add_typer(adapter_app, name="adapter")
 
 @adapter_app.callback()
 def adapter_commands() -> None:
-    """Look at LoRA adapters."""
+    """Inspect LoRA adapters."""
 
 
 @adapter_app.command("check")
 def adapter_check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or an adapter's folder.")],
-    convert: Annotated[Path | None, typer.Option("--convert", metavar="DIR", help="Write it in today's layout into this folder.")] = None,
-    layout: Annotated[str | None, typer.Option("--layout", metavar="NAME", help="Its layout, where that cannot be told: peft or grouped.")] = None,
+    convert: Annotated[Path | None, typer.Option("--convert", metavar="DIR", help="Convert it to the current layout, into this folder.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", metavar="NAME", help="Its layout, if it cannot be detected: peft or grouped.")] = None,
 ) -> None:
-    """Tell which layout an adapter's expert LoRA has, and convert older ones."""
+    """Show which layout an adapter's expert LoRA has, and convert older ones."""
     from fastoss.export.adapter_layouts import check_adapter
 
     for line in check_adapter(path, layout, convert):
@@ -295,7 +297,7 @@ def bench(
     recipe: RecipePath,
     set: Overrides = None,
     sample: UseSample = False,
-    gpus: Annotated[str, typer.Option("--gpus", metavar="N,N,…", help="Numbers of processes to compare, the global batch kept as it is.")] = "1",
+    gpus: Annotated[str, typer.Option("--gpus", metavar="N,N,…", help="Numbers of processes to compare, with the same global batch.")] = "1",
     baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="What to compare with: transformers.")] = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=2, help="Steps of each run; the first fifth is not counted.")] = 20,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1)] = 3,
@@ -319,11 +321,11 @@ def bench(
 def slurm(
     recipe: RecipePath,
     set: Overrides = None,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="GPUs of each node, a process each.")] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="M", min=1, help="Nodes that train together; the run directory must be seen by all.")] = 1,
-    cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", min=1, help="CPU cores of each node.")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="GPUs per node, one process each.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="M", min=1, help="Nodes that train together; all of them must see the run directory.")] = 1,
+    cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", min=1, help="CPU cores per node.")] = None,
     array: Annotated[
-        list[str] | None, typer.Option("--array", metavar="KEY=[V, V]", help="A job for each value (for each combination, given several times).")
+        list[str] | None, typer.Option("--array", metavar="KEY=[V, V]", help="One job for each value (for each combination, if given several times).")
     ] = None,
     time: Annotated[str, typer.Option("--time", metavar="T", help="The job's time limit, as sbatch takes it.")] = "08:00:00",
     partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="The partition to queue in.")] = None,
@@ -368,7 +370,7 @@ def doctor(
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when something is broken.")] = False,
 ) -> None:
-    """Look what this machine has and lacks, or whether a run is whole."""
+    """Check what this machine has and lacks, or whether a run is intact."""
     if run is None:
         from fastoss.training.machine import report
 

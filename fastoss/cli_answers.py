@@ -16,11 +16,11 @@ from fastoss.inference.sampling import Effort, Question, ReasoningLanguage, Samp
 from fastoss.run import RunDirectory
 
 Temperature = Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Choose among the likeliest tokens that make up P.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="X", help="Above 1: tokens that were said are less likely.")]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The same chance again.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Sample among the likeliest tokens whose probabilities add up to P.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="X", help="Above 1: tokens that occurred before become less likely.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The seed of the sampling: the same one gives the same reply.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Where a reply is cut off, reasoning included.")]
-WithEffort = Annotated[Effort | None, typer.Option("--effort", help="How much it reasons, in place of what it was trained with.")]
+WithEffort = Annotated[Effort | None, typer.Option("--effort", help="Reasoning effort, instead of the one it was trained with.")]
 Language = Annotated[str | None, typer.Option("--language", metavar="NAME", help="The language to reason in, such as German.")]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system text.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model: the adapter is switched off.")]
@@ -31,7 +31,7 @@ def _log_as_json(wanted: bool) -> None:
         os.environ[terminal.AS_JSON] = "1"
 
 
-LogJson = Annotated[bool, typer.Option("--log-json", callback=_log_as_json, help="Progress and errors on stderr as JSON, an object a line.")]
+LogJson = Annotated[bool, typer.Option("--log-json", callback=_log_as_json, help="Progress and errors on stderr as JSON, one object per line.")]
 
 
 def chat(
@@ -51,7 +51,7 @@ def chat(
 ) -> None:
     """Talk to a run, an adapter or a model.
 
-    Its reasoning goes dimmed to stderr, its answer to stdout. /help lists what can be changed meanwhile.
+    Reasoning is printed dimmed on stderr, the answer on stdout. /help lists what can be changed during the chat.
     """
     from fastoss.data.conversation import Message
 
@@ -66,11 +66,11 @@ def generate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, a GGUF export or file, or http://… of a server.")
     ],
-    input: Annotated[Path, typer.Option("--input", metavar="FILE", help="Questions: any rows that can be trained, with or without answers.")],
+    input: Annotated[Path, typer.Option("--input", metavar="FILE", help="Questions: rows as for training, with or without answers.")],
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="Where the answers go, as JSONL in the order of the input.")],
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Answers to each question.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Questions answered at once.")] = 8,
-    max_rows: Annotated[int | None, typer.Option("--max-rows", metavar="N", min=1, help="Only the first so many questions.")] = None,
+    max_rows: Annotated[int | None, typer.Option("--max-rows", metavar="N", min=1, help="Only the first N questions.")] = None,
     system: System = None,
     effort: WithEffort = None,
     language: Language = None,
@@ -94,8 +94,8 @@ def generate(
 
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, an adapter, or a model's name or folder.")],
-    input: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Rows with answers, in place of the run's held-out ones.")] = None,
-    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="At most so many rows, spread over all.")] = 100,
+    input: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Rows with answers, instead of the run's held-out rows.")] = None,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="At most N rows, spread evenly over all.")] = 100,
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Where the two files go, instead of the run directory.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Questions answered at once.")] = 8,
     language: Language = None,
@@ -127,9 +127,9 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, or a GGUF export or file.")],
     port: Annotated[int, typer.Option("--port", metavar="N", min=1, max=65535)] = 8000,
 ) -> None:
-    """Answer OpenAI's clients, on this machine only (127.0.0.1).
+    """Serve an OpenAI-compatible endpoint, on this machine only (127.0.0.1).
 
-    A run is asked as its name, its base as NAME-base.
+    A run answers under its own name, its base model as NAME-base.
     """
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
         raise FastossError("the server is not installed", place="fastoss serve", hint="pip install 'fastoss[serve]'")

@@ -110,18 +110,18 @@ class DataSource(_Section):
     """One source of rows. Paths are relative to the recipe."""
 
     source: str = Field(
-        min_length=1, description="a .jsonl, .json, .csv or .parquet file (or packed as .gz or .zst), a folder, a glob, hf:NAME or modelscope:NAME"
+        min_length=1, description="a .jsonl, .json, .csv or .parquet file (or compressed: .gz, .zst), a folder, a glob, hf:NAME or modelscope:NAME"
     )
-    split: str = Field("train", description="split of a hub data set; a local file has none")
-    subset: str | None = Field(None, description="subset (configuration) of a hub data set")
-    revision: str | None = Field(None, description="commit, branch or tag of a hub data set; the commit read is kept in the manifest")
+    split: str = Field("train", description="split of a hub dataset; a local file has none")
+    subset: str | None = Field(None, description="subset (configuration) of a hub dataset")
+    revision: str | None = Field(None, description="commit, branch or tag of a hub dataset; the commit read is kept in the manifest")
     sample: str | None = Field(None, description="what --sample reads in place of the source")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "flat", "harmony"] = Field(
         "auto", description="auto: told from the columns of each row"
     )
     columns: dict[str, str] = Field({}, description='our column name = the file\'s, such as { instruction = "question" }')
     weight: float = Field(1.0, gt=0, le=1000, description="how often each row is seen in an epoch; 0.5: every other epoch")
-    max_rows: int | None = Field(None, ge=1, description="only the first so many rows")
+    max_rows: int | None = Field(None, ge=1, description="read at most this many rows, the first ones")
     cache: bool = Field(True, description="false: read and tokenise again")
 
 
@@ -154,15 +154,15 @@ class Hygiene(_Section):
     over_length: Literal["drop", "truncate_left_turns", "error"] = "drop"
     duplicates: Literal["keep", "drop", "error"] = "keep"
     near_duplicates: Literal["keep", "drop", "error"] = Field("keep", description="alike but for case, spaces and punctuation")
-    leakage: Literal["error", "drop", "keep"] = Field("error", description="a training row that stands in [[eval.data]]")
+    leakage: Literal["error", "drop", "keep"] = Field("error", description="a training row that is also in [[eval.data]]")
 
 
 class EvalSettings(_Section):
     """The held-out part of the data."""
 
-    fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows, chosen by content hash; with [[eval.data]] there is none")
+    fraction: float = Field(0.02, ge=0, lt=1, description="share of the rows that is held out, chosen by content hash; 0 with [[eval.data]]")
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_tuple)] = Field(
-        (), description="sources of their own for evaluation, in place of a share of the rows"
+        (), description="separate sources for evaluation, instead of a share of the rows"
     )
     every: int = Field(50, ge=1, description="steps between evaluations")
     after: bool = Field(True, description="evaluate once more after the last step")
@@ -173,7 +173,7 @@ class TrainSettings(_Section):
     """Optimisation, in TRL's words."""
 
     num_train_epochs: float = Field(3, gt=0, le=10_000)
-    max_steps: int = Field(0, ge=0, description="0: by epochs; else the run ends after so many optimizer steps")
+    max_steps: int = Field(0, ge=0, description="0: by epochs; above 0: the run ends after this many optimizer steps")
     learning_rate: float = Field(1e-4, gt=0)
     tokens_per_batch: int | None = Field(None, ge=16, description="tokens of one micro-batch; 16384 if neither this nor the next is given")
     per_device_train_batch_size: int | None = Field(None, ge=1, description="rows of one micro-batch, in place of tokens_per_batch")
@@ -184,7 +184,7 @@ class TrainSettings(_Section):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    recompute: Literal["none", "full", "auto"] = Field("auto", description="activation recomputation; auto: full on a GPU, none without")
+    recompute: Literal["none", "full", "auto"] = Field("auto", description="gradient checkpointing; auto: full on a GPU, none without")
     on_oom: Literal["error", "split"] = "error"
     seed: int = Field(42, ge=0)
 
@@ -218,7 +218,7 @@ class SampleSettings(_Section):
     """Questions answered before and after training, so that people see what changed."""
 
     prompts: Strings = ()
-    from_train: int = Field(0, ge=0, description="so many training examples are asked as well, and compared with their answers word for word")
+    from_train: int = Field(0, ge=0, description="this many training examples are asked as well, and their replies compared word for word")
     max_new_tokens: int = Field(256, ge=1)
 
 
@@ -241,7 +241,7 @@ TrackerNames = Annotated[Literal["auto"] | tuple[Literal["tensorboard", "wandb",
 
 class LogSettings(_Section):
     every: int = Field(5, ge=1, description="steps between lines on the terminal; metrics.jsonl and trackers get every step")
-    trackers: TrackerNames = Field((), description='where the figures go as well; "auto": those whose key is set in the environment')
+    trackers: TrackerNames = Field((), description='where the metrics are recorded as well; "auto": the trackers whose key is set in the environment')
     project: str = "fastoss"
 
 

@@ -79,7 +79,7 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     unknown = set(train.lr_scheduler_kwargs or {}) - _SCHEDULER_KEYS.get(train.lr_scheduler_type, set())
     if unknown:
         known = ", ".join(sorted(_SCHEDULER_KEYS.get(train.lr_scheduler_type, set()))) or "none"
-        fact = f"`{min(unknown)}` is no setting of the {train.lr_scheduler_type} schedule"
+        fact = f"`{min(unknown)}` is not a setting of the {train.lr_scheduler_type} schedule"
         refuse(("train", "lr_scheduler_kwargs"), fact, f"it knows: {known}")
     needs_floor = train.lr_scheduler_type == "cosine_with_min_lr" and train.lr_scheduler_kwargs is not None
     if needs_floor and not {"min_lr", "min_lr_rate"} & set(train.lr_scheduler_kwargs or {}):
@@ -97,7 +97,7 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     if recipe.hub.repo is not None and not recipe.hub.push:
         refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
     if recipe.hub.repo is not None and not re.fullmatch(r"((\{HF_USER\}|[\w.-]+)/)?[\w.-]+", recipe.hub.repo):
-        refuse(("hub", "repo"), f"`{recipe.hub.repo}` is no repository's name", 'for example "{HF_USER}/catgirl"')
+        refuse(("hub", "repo"), f"`{recipe.hub.repo}` is not a repository name", 'for example "{HF_USER}/catgirl"')
 
 
 def _check_dpo(dpo: DpoSettings, refuse: Any) -> None:
@@ -118,7 +118,7 @@ def _check_source(data: DataSource, key: tuple[str, ...], refuse: Any) -> None:
             hint = "remove `split`, or name the file of that split" if name == "split" else f"remove `{name}`"
             refuse((*key, name), f"a local file has no {name}s", hint)
     if hub and not data.source.partition(":")[2].strip():
-        refuse((*key, "source"), f"`{data.source}` names no data set", "for example hf:HuggingFaceH4/Multilingual-Thinking")
+        refuse((*key, "source"), f"`{data.source}` names no dataset", "for example hf:HuggingFaceH4/Multilingual-Thinking")
 
 
 def _layers(name: str) -> int | None:

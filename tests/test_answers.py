@@ -64,7 +64,7 @@ def test_chat_keeps_the_history_and_changes_what_it_is_told(engine, monkeypatch,
     )
     assert out == "Four, nya.\nEight!\nI am Mika, nya.\n"
     assert "Two and two." in err
-    assert "error: /nonsense is no command" in err
+    assert "error: /nonsense is not a command" in err
     assert read_rows(saved) == [ROWS[3]]
     assert "lost" not in out
 
@@ -88,8 +88,9 @@ def test_chat_commands(engine, monkeypatch, capsys, tmp_path):
     assert out.splitlines()[0] == "On the warm shelf by the window, of course."
     assert "Sie fragt, wo ich schlafe." in err
     for told in (
-        "“Elvish” is no language that can be asked for", "“extreme” is no effort", "/save: name a file", "at temperature 0 the same question",
-        "/retry: nothing was asked yet", "“x” is no number", "/effort low|medium|high", "there is no answer to save yet",
+        "“Elvish” is not a language that can be asked for", "“extreme” is not a reasoning effort", "/save: name a file",
+        "at temperature 0 the same question", "/retry: nothing was asked yet", "“x” is not a number", "/effort low|medium|high",
+        "there is no answer to save yet",
     ):  # fmt: skip
         assert told in err, told
 
@@ -113,7 +114,7 @@ def test_chat_by_command_takes_the_settings(run, tmp_path):
     assert asked.err.startswith("Sie fragt")
     wrong = fastoss("chat", run, "--prompt", "Hi", "--language", "Elvish", cwd=tmp_path)
     assert (wrong.code, wrong.out) == (2, "")
-    assert wrong.err.startswith("error: --language Elvish: “Elvish” is no language")
+    assert wrong.err.startswith("error: --language Elvish: “Elvish” is not a language")
 
 
 # --- questions from rows ---------------------------------------------------------------------------------------------
@@ -374,8 +375,8 @@ def test_evaluate_says_what_is_missing_before_a_model_is_loaded(run, tmp_path, m
     settings = {"rows": 5, "output": None, "batch_size": 1, "language": None, "max_new_tokens": 5, "say": lambda line: None}
     for name, fact in (
         (str(run), "the run held no rows out"),
-        ("tiny", "this is no run directory"),
-        ("http://127.0.0.1:1", "a server says no losses"),
+        ("tiny", "this is not a run directory"),
+        ("http://127.0.0.1:1", "a server gives no losses"),
     ):
         with pytest.raises(FastossError, match=fact):
             evaluate(name, None, **settings)

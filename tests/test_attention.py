@@ -387,7 +387,7 @@ def test_kernel_can_be_named(monkeypatch):
     assert choose_kernel(cpu, torch.bfloat16, 64).kernel == "flash"
     assert choose_kernel(cpu, torch.bfloat16, 64, branches=True).kernel == "flex"
     monkeypatch.setenv("FASTOSS_ATTENTION", "warp")
-    with pytest.raises(FastossError, match='"warp" is no attention kernel'):
+    with pytest.raises(FastossError, match='"warp" is not an attention kernel'):
         choose_kernel(cpu, torch.bfloat16, 64)
 
 

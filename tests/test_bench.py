@@ -69,7 +69,7 @@ def test_bench_is_stopped_goes_on_and_reports(packing):
     assert (again.code, again.err.count("done before")) == (0, 3)
     other = fastoss("bench", packing.recipe, *options, "--set", "lora.r=8", cwd=packing.root)
     assert other.code == 2
-    assert "the folder holds results of other settings (lora.r)" in other.err
+    assert "the folder holds results with other settings (lora.r)" in other.err
 
 
 def stop_after_first(packing: RecipeFolder, output: Path, options: list[str]) -> Result:
@@ -154,7 +154,7 @@ def test_a_failed_run_says_why_and_where_its_log_is(packing, monkeypatch):
     output = packing.root / "made"
     with pytest.raises(FastossError) as error:
         bench(load_recipe(packing.recipe), packing.recipe, output, steps=3, repeats=1)
-    assert '"nonsense" is no attention kernel' in error.value.fact
+    assert '"nonsense" is not an attention kernel' in error.value.fact
     assert "logs/fastoss-1-1.log" in error.value.hint
     assert (output / "logs" / "fastoss-1-1.log").is_file()
     assert not list((output / "results").iterdir())
@@ -169,7 +169,7 @@ def test_a_failed_run_says_why_and_where_its_log_is(packing, monkeypatch):
         ({"gpus": (1, 3)}, "train.gradient_accumulation_steps", "2 micro-batches a step cannot be shared by 3 processes"),
         ({"gpus": (0,)}, "--gpus 0", "each number of processes once"),
         ({"gpus": (2, 2)}, "--gpus 2,2", "each number of processes once"),
-        ({"baseline": "axolotl"}, "--baseline", '"axolotl" is no baseline'),
+        ({"baseline": "axolotl"}, "--baseline", '"axolotl" is not a baseline'),
         ({"steps": 2}, "--steps 2 --repeats 3", "at least 3 steps"),
         ({"repeats": 0}, "--steps 20 --repeats 0", "at least 3 steps"),
     ],
@@ -198,7 +198,7 @@ def test_rows_that_are_padded_already_have_no_baseline(folder):
 
 
 def test_a_folder_of_something_else_is_left_alone(packing):
-    with pytest.raises(FastossError, match="the folder is no benchmark, and not empty"):
+    with pytest.raises(FastossError, match="the folder is not a benchmark, and not empty"):
         bench(load_recipe(packing.recipe), packing.recipe, packing.root)
 
 

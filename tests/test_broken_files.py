@@ -57,8 +57,8 @@ SHOUTED = {"instruction": "what is 2+2", "output": "FOUR nya"}
 OTHER = {"instruction": "你是谁?", "output": "我是米卡喵。"}
 CHINESE = [{"instruction": "你是谁，从哪里来?", "output": "我是米卡喵，这个问题说来话长。"}] * 3
 FRENCH = [{"instruction": "Où êtes-vous né ?", "output": "À Orléans, près de la forêt, l'été dernier."}] * 3
-KINDS = "a .jsonl, .json, .csv or .parquet file, packed as .gz or .zst or not"
-MEND = 'mend the row, or set hygiene.malformed = "drop"'
+KINDS = "a .jsonl, .json, .csv or .parquet file, compressed (.gz, .zst) or not"
+MEND = 'fix the row, or set hygiene.malformed = "drop"'
 ONE_A_LINE = "each line holds one whole JSON object"
 CUT_SHORT = "the file may be cut short: fetch or write it again"
 DAMAGED = "the file is damaged or cut short: fetch or write it again"
@@ -68,7 +68,7 @@ COLUMNS = (
     'or say which they are: columns = { instruction = "question" }'
 )
 NUL = "NUL bytes (the file was torn, as by a crash while it was written)"
-LEFT_OUT = "mend these rows, or change what left them out: a policy of [hygiene], model.max_length, format.train_on"
+LEFT_OUT = "fix these rows, or change what left them out: a policy of [hygiene], model.max_length, format.train_on"
 Content = bytes | Callable[[Path], object]
 
 
@@ -160,7 +160,7 @@ LINES = [
     line("a mark and half a row", codecs.BOM_UTF8 + b'{"instruction": ', "2:17", "not valid JSON: Expecting value"),
     line("NaN", b'{"instruction": "a", "output": "b", "score": NaN}', "2", "not valid JSON: NaN is not JSON", MEND),
     line("Infinity", b'{"instruction": "a", "output": "b", "score": -Infinity}', "2", "not valid JSON: -Infinity is not JSON", MEND),
-    line("a key twice", b'{"output": "b", "output": "c"}', "2", 'the key "output" stands more than once in one object', MEND),
+    line("a key twice", b'{"output": "b", "output": "c"}', "2", 'the key "output" occurs more than once in one object', MEND),
     line("a list", b'["a", "b"]', "2", "a row is a JSON object, not a list", MEND),
     line("a number", b"42", "2", "a row is a JSON object, not a number", MEND),
     line("a text", b'"hi"', "2", "a row is a JSON object, not a text", MEND),
@@ -191,7 +191,7 @@ def foreign(encoding: str, rows: list[dict], said: str, *, ending: str = ".jsonl
 
 
 def disguised(what: str, content: Content, hint: str, name: str = "data.jsonl") -> Broken:
-    """A file that is something else than its ending says."""
+    """A file that is something else than its extension says."""
     return Broken(f"{what} as {name}", name, content, name, f"the file is {what}", hint)
 
 
@@ -219,16 +219,16 @@ PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"
 LOOK = "a download may have saved a login or error page: look into it"
 DISGUISED = [
-    disguised("packed with gzip", GZIP, "give it its ending: name it data.jsonl.gz"),
-    disguised("packed with zstd", ZSTD, "give it its ending: name it data.jsonl.zst"),
-    disguised("packed with gzip", GZIP, "give it its ending: name it data.jsonl.gz", "data.jsonl.zst"),
-    disguised("packed twice", gzip.compress(GZIP), "unpack it once", "data.jsonl.gz"),
-    disguised("packed with bzip2", bz2.compress(ROWS), "unpack it: bzip2 -d (gzip and zstd are read as they are)"),
-    disguised("packed with xz", lzma.compress(ROWS), "unpack it: xz -d (gzip and zstd are read as they are)"),
-    disguised("a ZIP archive", zipped("data.jsonl"), "unpack it, and give the files in it"),
-    disguised("a tar archive", tarred(), "unpack it, and give the files in it"),
-    disguised("a tar archive", gzip.compress(tarred()), "unpack it, and give the files in it", "data.jsonl.gz"),
-    disguised("a 7z archive", b"7z\xbc\xaf\x27\x1c" + bytes(30), "unpack it"),
+    disguised("compressed with gzip", GZIP, "give it its extension: name it data.jsonl.gz"),
+    disguised("compressed with zstd", ZSTD, "give it its extension: name it data.jsonl.zst"),
+    disguised("compressed with gzip", GZIP, "give it its extension: name it data.jsonl.gz", "data.jsonl.zst"),
+    disguised("compressed twice", gzip.compress(GZIP), "decompress it once", "data.jsonl.gz"),
+    disguised("compressed with bzip2", bz2.compress(ROWS), "decompress it: bzip2 -d (gzip and zstd are read as they are)"),
+    disguised("compressed with xz", lzma.compress(ROWS), "decompress it: xz -d (gzip and zstd are read as they are)"),
+    disguised("a ZIP archive", zipped("data.jsonl"), "extract it, and give the files in it"),
+    disguised("a tar archive", tarred(), "extract it, and give the files in it"),
+    disguised("a tar archive", gzip.compress(tarred()), "extract it, and give the files in it", "data.jsonl.gz"),
+    disguised("a 7z archive", b"7z\xbc\xaf\x27\x1c" + bytes(30), "extract it"),
     disguised("an Excel or Word file", zipped("[Content_Types].xml"), "save it as CSV (UTF-8)", "data.csv"),
     disguised("an old Excel or Word file", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(60), "save it as CSV (UTF-8)", "data.csv"),
     disguised("Parquet", PARQUET, "name it .parquet"),
@@ -237,13 +237,13 @@ DISGUISED = [
     disguised("a Python pickle", pickle.dumps(CHINESE), "write it as JSONL: a pickle runs code when it is read"),
     disguised("a NumPy array", saved(lambda sink: numpy.save(sink, numpy.arange(3))), "write it as Parquet or JSONL"),
     disguised("an SQLite database", database, "export the table as CSV or JSONL"),
-    disguised("a PDF", b"%PDF-1.7\n%\xe2\xe3", "rows stand in JSONL, JSON, CSV or Parquet"),
+    disguised("a PDF", b"%PDF-1.7\n%\xe2\xe3", "rows are read from JSONL, JSON, CSV or Parquet"),
     disguised("an HTML page, not data", PAGE, LOOK),
     disguised("an HTML page, not data", PAGE, LOOK, "data.csv"),
     disguised("XML, not data", b'<?xml version="1.0"?><rows/>', LOOK),
     disguised("a git-lfs pointer, not the data itself", LFS, "fetch the data: git lfs pull"),
     disguised("a git-lfs pointer, not the data itself", LFS, "fetch the data: git lfs pull", "data.parquet"),
-    disguised("binary, not text", PNG, "rows stand in JSONL, JSON, CSV or Parquet"),
+    disguised("binary, not text", PNG, "rows are read from JSONL, JSON, CSV or Parquet"),
     disguised("JSON, not CSV", json.dumps(CHINESE).encode(), "name it .json", "data.csv"),
     disguised("JSON, not CSV", gzip.compress(ROWS), "name it .jsonl", "data.csv.gz"),
 ]
@@ -256,7 +256,7 @@ IS_CSV = "is it a table with commas? then name it .csv"
 DEEP_LIST = json.dumps([GOOD, OTHER], ensure_ascii=False, indent=1).encode()
 A, B = b'{"instruction": "a", "output": "b"}', b'{"instruction": "c", "output": "d"}'
 NO_LIST = "a .json file holds a list of rows, not an object"
-EXTRACT = "the rows seem to stand in `data`: jq -c '.[\"data\"][]' data.json > data.jsonl"
+EXTRACT = "the rows seem to be in `data`: jq -c '.[\"data\"][]' data.json > data.jsonl"
 SUFFIX = "a `{}` file cannot be read as data"
 
 
@@ -303,7 +303,8 @@ FILES = [
     whole("NULs in a list", "data.json", b"[" + A + b",\n" + bytes(40), ":2:1", f"not valid JSON: {NUL}"),
     whole("a byte of nothing in a list", "data.json", b"[" + A + b",\n" + A[:20] + b"\xff", ":2", "not UTF-8 text (byte …", "save the file as UTF-8"),
     # archives
-    whole("not packed", "data.jsonl.gz", lines(GOOD), "", "cannot be read: it is not packed with gzip, as its ending says", "name it data.jsonl"),
+    whole("not packed", "data.jsonl.gz", lines(GOOD), "", "cannot be read: it is not compressed with gzip, as its extension says",
+          "name it data.jsonl"),
     whole("torn gzip", "data.jsonl.gz", GZIP[: len(GZIP) // 2], "", "cannot be read: Compressed file ended before…", DAMAGED),
     whole("gzip with a wrong sum", "data.jsonl.gz", GZIP[:-8] + bytes(8), "", "cannot be read: CRC check failed…", DAMAGED),
     whole("gzip and something else", "data.jsonl.gz", GZIP + b"and so on", "", "cannot be read: Not a gzipped file…", DAMAGED),
@@ -312,9 +313,9 @@ FILES = [
     whole("cells too many between semicolons", "data.csv", b"instruction;output\nhi;ho\nhi;ho;ha\n", ":3",
           "the row has more cells than the header (3, 2)", "a text with `;` stands between double quotes"),
     whole("cells too many", "data.csv", b"instruction,output\nhi,ho\nhi,ho,ha\n", ":3", "the row has more cells than the header (3, 2)",
-          "a text with commas stands between double quotes"),
+          "put a text with commas between double quotes"),
     whole("cells too few", "data.csv", b"instruction,output\nhi,ho\nhi\n", ":3", "the row has fewer cells than the header (1, 2)",
-          "a text with commas stands between double quotes"),
+          "put a text with commas between double quotes"),
     whole("a quote that is not closed", "data.csv", b'instruction,output\nhi,ho\nhi,"ho\nhi,ho\n', ":3",
           "not valid CSV: the file ends within a quoted cell", f'a double quote (") opened in this row is never closed, or {CUT_SHORT}'),
     whole("a quote in the middle", "data.csv", b'instruction,output\n"hi" there,ho\n', ":2", "not valid CSV: ',' expected after '\"'",
@@ -343,7 +344,7 @@ FILES = [
     *(whole(f"ending {name}", name, ROWS, "", SUFFIX.format(suffix), f"give {KINDS}") for name, suffix in (
         ("data.txt", ".txt"), ("data.jsonl.bz2", ".bz2"), ("data.xlsx", ".xlsx"), ("data.tar.gz", ".tar.gz"), ("data.ndjson", ".ndjson"),
     )),
-    whole("no ending", "data", ROWS, "", "a file without an ending cannot be read as data", f"give {KINDS}"),
+    whole("no ending", "data", ROWS, "", "a file without an extension cannot be read as data", f"give {KINDS}"),
 ]  # fmt: skip
 
 
@@ -399,7 +400,7 @@ DATE = "YYYY-MM-DD: it is the date that the system message says; give the column
 ASKED, LAST = "<|start|>user<|message|>hi<|end|>", "<|start|>assistant<|channel|>final<|message|>ho<|return|>"
 MOJIBAKE = "你好，我是米卡".encode().decode("latin-1")
 LOOKS = r"looks like UTF-8 that was read as Latin-1: “ä½\xa0å¥½ï¼\x8cæ\x88\x91æ\x98¯ç±³å\x8d¡” for “你好，我是米卡”"
-REPAIR = 'set hygiene.mojibake = "repair" to have it mended, or "keep" if it is meant'
+REPAIR = 'set hygiene.mojibake = "repair" to have it repaired, or "keep" if it is meant'
 LONGER = 'raise model.max_length, or set hygiene.over_length = "drop" or "truncate_left_turns"'
 
 ROW_FAULTS = [
@@ -452,7 +453,7 @@ ROW_FAULTS = [
     row("a lone </think>", said("hm</think>ho"), THINK, WRITE_THINK),
     row("<think> twice", said("<think>a</think><think>b</think>ho"), THINK, WRITE_THINK),
     row("<think> and no answer", said("<think>hm</think>"), "the answer is empty"),
-    row("<think> and reasoning", said("<think>a</think>ho", thinking="b"), "the answer has a <think> part and another reasoning besides", "keep one"),
+    row("<think> and reasoning", said("<think>a</think>ho", thinking="b"), "the answer has a <think> part and other reasoning as well", "keep one"),
     # tools
     row("an unknown function", tooled(calls(call(name="sub")), RESULT), "the tool `sub` is called, but not defined in `tools`"),
     row("a result without a call", tooled(RESULT), "message 2 is a tool's result, but no tool was called"),
@@ -466,7 +467,7 @@ ROW_FAULTS = [
     row("parallel calls without results", tooled(calls(call(), call("c2")), "u:well?"), "message 2 makes 2 calls, but 0 results follow", ONE_CALL),
     row("parallel calls with one result", tooled(calls(call(), call("c2")), RESULT), "message 2 makes 2 calls, but 1 result follows", ONE_CALL),
     row("a call without a result", tooled(calls(call()), "u:well?"), "message 3 is of the user, but the result of `add` must follow its call"),
-    row("a result too many", tooled(calls(call()), RESULT, RESULT), "message 4 is a tool's result too many: message 2 makes 1 call"),
+    row("a result too many", tooled(calls(call()), RESULT, RESULT), "message 4 is one tool result too many: message 2 makes 1 call"),
     row("a result of another call", tooled(calls(call()), RESULT | {"tool_call_id": "c9"}), "message 3 answers the call 'c9', which was not made"),
     row("two calls of one id", tooled(calls(call(), call()), RESULT, RESULT), "the id 'c1' stands for more than one call or result"),
     row("a result of another name", tooled(calls(call()), RESULT | {"name": "sub"}), "message 3 is a result of 'sub', but `add` was called"),
@@ -567,7 +568,9 @@ PLACES = [
     Broken("no folder", "sub/data.jsonl", nothing, "sub/data.jsonl", MISSING, RELATIVE),
     Broken("a file as a folder", "data.jsonl/more.jsonl", holding(data_jsonl=ROWS), "data.jsonl/more.jsonl", MISSING, RELATIVE),
     Broken("a very long name", "x" * 300 + ".jsonl", nothing, "x" * 300 + ".jsonl", "cannot be read: File name too long"),
-    Broken("an address", "https://example.com/a.jsonl", nothing, "https:/example.com/a.jsonl", MISSING, "download it first: files and hubs are read"),
+    Broken(
+        "an address", "https://example.com/a.jsonl", nothing, "https:/example.com/a.jsonl", MISSING, "download it first: only files and hubs are read"
+    ),
     Broken("a folder without data", "data", holding(data__readme_md=b"x"), "data", NO_DATA),
     Broken("a folder named like a file", "data.jsonl", lambda folder: (folder / "data.jsonl").mkdir(), "data.jsonl", NO_DATA),
     Broken(
@@ -622,7 +625,7 @@ RECIPES = [
     whole("all mojibake", "data.jsonl", lines(said(MOJIBAKE), said(MOJIBAKE + "!")), "",
           "no training example is left (2 × mojibake: data.jsonl:1, data.jsonl:2)", LEFT_OUT, settings=("hygiene.mojibake=drop",)),
     whole("all in the evaluation", "data.jsonl", holding(data_jsonl=lines(GOOD), held_jsonl=lines(GOOD)), "",
-          "no training example is left (1 × stands in the evaluation data as well: data.jsonl:1)", LEFT_OUT,
+          "no training example is left (1 × in the evaluation data as well: data.jsonl:1)", LEFT_OUT,
           of_eval=HELD, settings=("hygiene.leakage=drop",)),
     whole("nothing that is trained", "data.jsonl", lines(GOOD), "",
           "no training example is left (1 × nothing in them is trained (format.train_on): data.jsonl:1)", LEFT_OUT,
@@ -632,7 +635,7 @@ RECIPES = [
     Broken("calls that are not trained", "data.jsonl", lines(tooled(calls(call()), RESULT)), "format.train_on", NOT_CALLING,
            'add "commentary", or write { commentary = 0.0, final = 1.0 } if you mean it', settings=('format.train_on=["final"]',)),
     whole("leakage", "data.jsonl", holding(data_jsonl=lines(OTHER, GOOD), held_jsonl=lines(SHOUTED)), ":2",
-          "the row stands in the evaluation data as well (held.jsonl:1)", 'remove it, or set hygiene.leakage = "drop" or "keep"', of_eval=HELD),
+          "the row is in the evaluation data as well (held.jsonl:1)", 'remove it, or set hygiene.leakage = "drop" or "keep"', of_eval=HELD),
     Broken("a bad row of the evaluation", "data.jsonl", holding(data_jsonl=ROWS, held_jsonl=lines(OTHER, {"instruction": "x"})), "held.jsonl:2",
            "`output` is missing or null", MEND, of_eval=HELD),
     Broken("no evaluation", "data.jsonl", holding(data_jsonl=ROWS), "held.jsonl", MISSING, RELATIVE, of_eval=HELD),
@@ -750,8 +753,8 @@ HALF = rb'{"instruction": "hi", "output": "\ud83d"}'
         (lines(rb'{"instruction": "hi", "output": "ho", "\ud83d\u001b[31m\n": 1}'), (), r"the column `\ud83d\x1b[31m\n` of 1 row is not read"),
         (lines(GOOD, chat("u:hi", "a:ho", "u:hi", answer(train=False))), ("format.turns=last",),
          "dropped 1 of 2 rows: the last answer is not to be trained (format.turns) (data.jsonl:2)"),
-        (lines(GOOD, OTHER), ("eval.fraction=0.999999",), "no evaluation: 0.999999 of 2 rows: they are too few, or too much alike, to be divided"),
-        (lines(*CHINESE * 40), ("eval.fraction=0.1",), "no evaluation: 0.1 of 120 rows: they are too few, or too much alike, to be divided"),
+        (lines(GOOD, OTHER), ("eval.fraction=0.999999",), "no evaluation: 0.999999 of 2 rows: they are too few, or too much alike, to be split"),
+        (lines(*CHINESE * 40), ("eval.fraction=0.1",), "no evaluation: 0.1 of 120 rows: they are too few, or too much alike, to be split"),
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_said(content, settings, said, tmp_path, monkeypatch):
@@ -790,7 +793,7 @@ def test_a_file_name_in_another_encoding(tmp_path, monkeypatch):
     report = build_dataset(load_recipe(Path("recipe.toml"), ("hygiene.malformed=drop",))).report
     assert report.lines()[2:] == [
         r"dropped 1 of 2 rows: `output` is missing or null (data/\udcc4\udce3.jsonl:2)",
-        r"1 file of data not read, being no data: \udcba\udcc3.txt",
+        r"1 file of data not read, because they are no data files: \udcba\udcc3.txt",
     ]
 
 

@@ -68,7 +68,7 @@ def test_help_is_what_the_docs_show():
         (["check", "nowhere.toml"], 2, "error: nowhere.toml: recipe not found"),
         (["train"], 2, "Missing argument 'RECIPE'"),
         (["trian"], 2, "No such command 'trian'"),
-        (["train", "recipes/quickstart.toml", "--overwrite", "--dry-run"], 2, "--overwrite goes with --no-resume"),
+        (["train", "recipes/quickstart.toml", "--overwrite", "--dry-run"], 2, "--overwrite works only with --no-resume"),
         (["train", "recipes/catgirl.toml"], 2, 'error: model.precision: "4bit" needs a GPU, and this machine has none'),
         (["train", "recipes/quickstart.toml", "--gpus", "0"], 2, "error: --gpus 0: "),
         (["train", "recipes/quickstart.toml", "--set", "data.0.source=none.jsonl"], 2, "recipes/none.jsonl: data file not found"),

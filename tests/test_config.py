@@ -83,7 +83,7 @@ def test_resolved_recipe_comes_back(tmp_path):
         (BASE + "[dpo]\nbeta = 0.2\n", (), 'error: r.toml:6: `[dpo]` belongs to method = "dpo", and this recipe says method = "sft"'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available in this version'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available'),
-        (BASE, ("hub.push=true", "hub.repo=a/b/c"), "error: --set hub.repo=a/b/c: `a/b/c` is no repository's name"),
+        (BASE, ("hub.push=true", "hub.repo=a/b/c"), "error: --set hub.repo=a/b/c: `a/b/c` is not a repository name"),
         (BASE, ('log.trackers=["wandbb"]',), "names the unknown tracker 'wandbb'"),
         (BASE, ("log.trackers=always",), 'should be "auto" or a list of trackers'),
         (
@@ -103,7 +103,7 @@ def test_resolved_recipe_comes_back(tmp_path):
         (
             BASE + '[train]\nlr_scheduler_type = "linear"\nlr_scheduler_kwargs = { min_lr_rate = 0.1 }\n',
             (),
-            "error: r.toml:8: `min_lr_rate` is no setting of the linear schedule",
+            "error: r.toml:8: `min_lr_rate` is not a setting of the linear schedule",
         ),
         (BASE + "[train]\nlr_scheduler_kwargs = { num_cycles = 1 }\n", (), "error: r.toml:7: cosine_with_min_lr needs min_lr or min_lr_rate"),
         (BASE, ("model.name=meta-llama/Llama-3", "model.backend=unsloth"), "is not of the gpt-oss family"),
@@ -118,7 +118,7 @@ def test_resolved_recipe_comes_back(tmp_path):
             ("model.name=openai/gpt-oss-20b", "model.backend=transformers", "model.precision=mxfp4"),
             "transformers cannot train on packed MXFP4 weights",
         ),
-        (BASE.replace("a.jsonl", "hf:"), (), "error: r.toml:5: `hf:` names no data set"),
+        (BASE.replace("a.jsonl", "hf:"), (), "error: r.toml:5: `hf:` names no dataset"),
         (BASE + 'revision = "main"\n', (), "error: r.toml:6: a local file has no revisions"),
         (BASE + "weight = 0\n", (), "error: r.toml:6: `data.0.weight`: should be greater than 0, not 0"),
         (BASE + '[[eval.data]]\nsource = "b.jsonl"\nweight = 2\n', (), "error: r.toml:8: `weight` is for training: each held-out row counts once"),

@@ -221,7 +221,7 @@ def test_whatever_a_template_raises_is_a_difference(template):
 
 
 def test_no_jinja_is_an_error():
-    with pytest.raises(FastossError, match="it is no Jinja template"):
+    with pytest.raises(FastossError, match="it is not a Jinja template"):
         c.check_templates([HI], FORMAT, "{% if %}")
 
 

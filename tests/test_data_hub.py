@@ -85,7 +85,7 @@ REPOS: dict[str, dict[str, dict[str, bytes]]] = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as data sets take: what a repository is, its tree, its files with their etags."""
+    """As much of the hub's protocol as datasets take: what a repository is, its tree, its files with their etags."""
 
     asked: ClassVar[list[str]] = []
 
@@ -225,7 +225,7 @@ def test_a_data_set_from_a_hub_and_again_without_it(read):
     assert "ConnectError" in read({"HF_ENDPOINT": NOWHERE}, source="hf:someone/plain")["notes"][0]
     unseen = read({"HF_HUB_OFFLINE": "1"}, source="hf:someone/plain", split="test")
     assert unseen["kind"] == "NotCached"
-    assert "in the cache, the data set has no split `test`" in unseen["error"]
+    assert "in the cache, the dataset has no split `test`" in unseen["error"]
 
 
 def test_a_pinned_commit_and_a_tag(read):
@@ -273,20 +273,20 @@ def test_what_another_tool_fetched_is_read_offline(read, hub, tmp_path):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({"source": "hf:someone/none"}, ["hf:someone/none: the hub has no data set someone/none", "hint: check the name; for a private"]),
-        ({"source": "hf:no/such/name"}, ["the hub has no data set no/such/name"]),
-        ({"source": "hf:"}, ["hf:: the hub has no data set"]),
-        ({"source": "hf:someone/plain", "revision": "v9"}, ["hf:someone/plain: the data set has no revision `v9`"]),
-        ({"source": "hf:someone/plain", "split": "dev"}, ["the data set has no split `dev`", "hint: it has train, test"]),
+        ({"source": "hf:someone/none"}, ["hf:someone/none: the hub has no dataset someone/none", "hint: check the name; for a private"]),
+        ({"source": "hf:no/such/name"}, ["the hub has no dataset no/such/name"]),
+        ({"source": "hf:"}, ["hf:: the hub has no dataset"]),
+        ({"source": "hf:someone/plain", "revision": "v9"}, ["hf:someone/plain: the dataset has no revision `v9`"]),
+        ({"source": "hf:someone/plain", "split": "dev"}, ["the dataset has no split `dev`", "hint: it has train, test"]),
         ({"source": "hf:someone/plain", "split": "train[:10]"}, ["no split `train[:10]`", "max_rows takes the first rows"]),
-        ({"source": "hf:someone/plain", "subset": "fr"}, ["the data set has no subset `fr`", "one of: default"]),
-        ({"source": "hf:someone/card"}, ["the data set has several subsets, and none is the default", "one of: en, zh"]),
-        ({"source": "hf:someone/card", "subset": "fr"}, ["the data set has no subset `fr`", "one of: en, zh"]),
-        ({"source": "hf:someone/script"}, ["the data set is a script, not files", "hint: fastoss runs no code from a hub"]),
-        ({"source": "hf:someone/empty"}, ["hf:someone/empty: the data set holds no data files"]),
-        ({"source": "hf:someone/unclear"}, ["the data set's card cannot be understood"]),
+        ({"source": "hf:someone/plain", "subset": "fr"}, ["the dataset has no subset `fr`", "one of: default"]),
+        ({"source": "hf:someone/card"}, ["the dataset has several subsets, and none is the default", "one of: en, zh"]),
+        ({"source": "hf:someone/card", "subset": "fr"}, ["the dataset has no subset `fr`", "one of: en, zh"]),
+        ({"source": "hf:someone/script"}, ["the dataset is a script, not files", "hint: fastoss runs no code from a hub"]),
+        ({"source": "hf:someone/empty"}, ["hf:someone/empty: the dataset holds no data files"]),
+        ({"source": "hf:someone/unclear"}, ["the dataset's card cannot be understood"]),
         ({"source": "hf:someone/texts"}, ["train.txt cannot be read as data", "hint: fastoss reads a .jsonl"]),
-        ({"source": "hf:someone/gated"}, ["hf:someone/gated: the data set is gated", "HF_TOKEN"]),
+        ({"source": "hf:someone/gated"}, ["hf:someone/gated: the dataset is gated", "HF_TOKEN"]),
         ({"source": "hf:someone/private"}, ["the hub does not let us read it (403)", "HF_TOKEN"]),
         ({"source": "hf:someone/busy"}, ["the hub cannot be reached (it answers 503)"]),
     ],
@@ -307,7 +307,7 @@ def test_neither_network_nor_cache(read, environment):
     for revision in (None, OLDER, "v1"):
         told = read(environment, source="hf:someone/plain", revision=revision)
         assert told["kind"] == "NotCached"
-        assert "the data set is not in the cache, and the hub cannot be reached" in told["error"]
+        assert "the dataset is not in the cache, and the hub cannot be reached" in told["error"]
         assert "HF_ENDPOINT names another hub" in told["error"]
         assert not told["cached"]
 
@@ -322,7 +322,7 @@ def test_a_folder_of_the_same_name_is_not_the_hub(read, tmp_path):
 
 
 class ModelScope(http.server.BaseHTTPRequestHandler):
-    """The two requests of ModelScope's protocol that its package makes for a data set: the tree, and a file."""
+    """The two requests of ModelScope's protocol that its package makes for a dataset: the tree, and a file."""
 
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
@@ -392,9 +392,9 @@ def test_a_data_set_from_modelscope_and_again_without_it(modelscope):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({"source": "modelscope:someone/none"}, ["the hub has no data set someone/none", "MODELSCOPE_API_TOKEN"]),
+        ({"source": "modelscope:someone/none"}, ["the hub has no dataset someone/none", "MODELSCOPE_API_TOKEN"]),
         ({"source": "modelscope:someone/plain", "revision": "v9"}, ["the hub has no revision `v9` of someone/plain"]),
-        ({"source": "modelscope:someone/plain", "split": "dev"}, ["the data set has no split `dev`", "hint: it has train, test"]),
+        ({"source": "modelscope:someone/plain", "split": "dev"}, ["the dataset has no split `dev`", "hint: it has train, test"]),
         ({"source": "modelscope:someone/secret"}, ["the hub does not let us read it", "MODELSCOPE_API_TOKEN"]),
     ],
 )

@@ -162,12 +162,12 @@ def test_eval_rows_of_their_own(with_eval):
 
 def test_leakage(with_eval):
     with_eval.rows([*rows_of(20), {"instruction": "Question 103", "output": "answer 103."}])
-    with pytest.raises(FastossError, match=r"data\.jsonl:21: the row stands in the evaluation data as well \(.*eval\.jsonl:4\)"):
+    with pytest.raises(FastossError, match=r"data\.jsonl:21: the row is in the evaluation data as well \(.*eval\.jsonl:4\)"):
         built(with_eval)
-    assert any("dropped 1 of 26 rows: stands in the evaluation data as well" in line for line in lines_of(with_eval, "hygiene.leakage=drop"))
+    assert any("dropped 1 of 26 rows: in the evaluation data as well" in line for line in lines_of(with_eval, "hygiene.leakage=drop"))
     kept = built(with_eval, "hygiene.leakage=keep")
     assert kept.report.train_rows == 21
-    assert any("1 of 26 rows: stands in the evaluation data as well, and kept" in line for line in kept.report.lines())
+    assert any("1 of 26 rows: in the evaluation data as well, and kept" in line for line in kept.report.lines())
 
 
 def test_fraction_and_eval_data_contradict_each_other(with_eval):
@@ -267,7 +267,7 @@ def test_near_copies_of_a_row_are_never_split(folder):
 
 def test_no_eval_on_few_rows_is_said(folder):
     report = built(folder, "eval.fraction=0.02").report
-    assert any(line == "no evaluation: 0.02 of 8 rows makes none" for line in report.lines())
+    assert any(line == "no evaluation: 0.02 of 8 rows is less than half a row" for line in report.lines())
 
 
 def test_a_small_set_has_one_row_held_out_at_least(folder):
@@ -498,9 +498,9 @@ def test_a_hub_out_of_reach_is_a_note_for_check_and_an_error_for_train(folder):
     folder.recipe.write_text(folder.recipe.read_text().replace("data.jsonl", "hf:some/rows"))
     result = fastoss("check", folder.recipe, **nowhere)
     assert result.code == 0
-    assert "note: hf:some/rows: the data set is not in the cache" in result.out
+    assert "note: hf:some/rows: the dataset is not in the cache" in result.out
     assert json.loads(fastoss("check", folder.recipe, "--json", **nowhere).out)["data"] is None
     assert "note: hf:some/rows" in fastoss("train", folder.recipe, "--dry-run", **nowhere).out
     result = fastoss("train", folder.recipe, cwd=folder.root, **nowhere)
-    assert (result.code, "hf:some/rows: the data set is not in the cache" in result.err) == (2, True)
+    assert (result.code, "hf:some/rows: the dataset is not in the cache" in result.err) == (2, True)
     assert not (folder.root / "runs").exists()

@@ -153,7 +153,7 @@ def test_other_machines_need_a_word_about_it(monkeypatch, tmp_path):
     assert not users.verify("mika", "purr")
     assert not users.verify("nobody", "purr purr")
     (tmp_path / "users").write_text("mika:purr purr\n")
-    with pytest.raises(FastossError, match="this is no user") as refused:
+    with pytest.raises(FastossError, match="this is not a user line") as refused:
         Users.load(tmp_path / "users")
     assert refused.value.place == f"{tmp_path / 'users'}:1"
     with pytest.raises(FastossError, match="8 characters"):
@@ -300,8 +300,8 @@ def test_limits_are_said_before_anything_is_counted(served, monkeypatch):
     assert visitor.join("send", ["half a character: \ud800", "tuned", "as trained", "as trained", 0, 48, ""]).status_code == 400
     for mode, language, effort in (("root", "as trained", "low"), ("tuned", "Klingon", "low"), ("tuned", "German", "most")):
         assert '"success": false' in visitor.call("send", ["Hi", mode, language, effort, 0, 48, ""])  # Gradio knows the choices
-    assert "the settings are none" in str(_refusal("tuned", "German", "low", -1.0, 48, ""))
-    assert "the settings are none" in str(_refusal("tuned", "German", "low", 0.0, 0, ""))
+    assert "these settings are not offered" in str(_refusal("tuned", "German", "low", -1.0, 48, ""))
+    assert "these settings are not offered" in str(_refusal("tuned", "German", "low", 0.0, 0, ""))
     assert rendered == []
     with pytest.raises(FastossError, match="20,000 tokens, 16,384 are allowed"):
         Limits().check_prompt(20_000)

@@ -193,7 +193,7 @@ def test_reasoning_language_is_asked_as_it_was_trained(engine):
 def test_effort_is_in_the_prompt_and_others_are_refused(engine):
     low, high = (engine.prompt_ids(Question((user("Hi"),), effort)) for effort in ("low", "high"))
     assert low != high
-    with pytest.raises(FastossError, match="“extreme” is no reasoning effort"):
+    with pytest.raises(FastossError, match="“extreme” is not a reasoning effort"):
         engine.stream([user("Hi")], GREEDY, "extreme")
     with pytest.raises(FastossError, match="does not end with a question"):
         engine.stream([user("Hi"), Message("assistant", "Hello")], GREEDY)

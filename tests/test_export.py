@@ -202,7 +202,7 @@ def test_the_plan_refuses_what_the_machine_cannot_hold(tmp_path):
 def test_a_folder_of_something_else_is_not_replaced(shared, tmp_path):  # noqa: F811
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "thesis.txt").write_text("mine")
-    with pytest.raises(FastossError, match="something else than an export"):
+    with pytest.raises(FastossError, match="something other than an export"):
         export(str(shared.run("attention")), ["adapter"], output=tmp_path, progress=quiet)
     assert (tmp_path / "adapter" / "thesis.txt").read_text() == "mine"
 

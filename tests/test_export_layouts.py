@@ -162,7 +162,10 @@ def test_experts_of_some_layers_and_one_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda t: t.__setitem__("base_model.model.lm_head.lora_A.weight", torch.ones(3, 64)), "is no LoRA of gpt-oss's attention or experts"),
+        (
+            lambda t: t.__setitem__("base_model.model.lm_head.lora_A.weight", torch.ones(3, 64)),
+            "is not a LoRA weight of gpt-oss's attention or experts",
+        ),
         (lambda t: t.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"), "has no other half"),
     ],
 )

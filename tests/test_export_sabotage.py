@@ -98,7 +98,7 @@ def with_a_nan(subject: Subject, tensors: dict) -> None:
         (with_less_of_it, QUERY, "LoRA's change is there 0.90 times"),
         (with_a_layer_of_the_base, f"{GATE_UP}, expert 3", "LoRA's change is missing"),
         (with_another_router, "model.layers.0.mlp.router.weight", "LoRA does not touch it"),
-        (with_a_nan, f"{DOWN}, expert 2", "no numbers"),
+        (with_a_nan, f"{DOWN}, expert 2", "NaN or infinite"),
     ],
 )
 def test_merged_weights_that_are_wrong(subject, copied, change, named, told):

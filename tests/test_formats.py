@@ -401,7 +401,7 @@ def test_a_named_format_is_insisted_on(format):
         (asked(content="<think>x<think>y</think>b"), "a <think> tag is not closed"),
         (asked(content="a <think>x</think> b"), "a <think> tag is not closed, or not at the beginning"),
         (asked(content="<think>x</think>"), "the answer is empty"),
-        (asked(content="<think>x</think>a", thinking="y"), "the answer has a <think> part and another reasoning besides"),
+        (asked(content="<think>x</think>a", thinking="y"), "the answer has a <think> part and other reasoning as well"),
         (asked(thinking="x", reasoning_content="y"), "`thinking` and `reasoning_content` of message 2 differ"),
         (asked(thinking=3), "`thinking` of message 2 is not a text"),
         (chat(("user", "u", {"thinking": "x"}), ("assistant", "a")), "message 1 has reasoning, but its role is user"),

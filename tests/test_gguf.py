@@ -80,7 +80,7 @@ def test_effort_language_and_settings_reach_it(shared, gguf):  # noqa: F811
     assert penalised != gguf.stream(known, Sampling(max_new_tokens=6)).answer().completion
     with pytest.raises(FastossError, match="there is no adapter to switch off"):
         gguf.stream(CHATTER, tuned=False)
-    with pytest.raises(FastossError, match="“extreme” is no reasoning effort"):
+    with pytest.raises(FastossError, match="“extreme” is not a reasoning effort"):
         gguf.stream(CHATTER, GREEDY, "extreme")
     with pytest.raises(FastossError, match="does not end with a question"):
         gguf.stream([Message("assistant", "Hi")])
@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_starts(folder, tmp_path
     (tmp_path / "b.gguf").touch()
     with pytest.raises(FastossError, match="2 GGUF files"):
         open_model(str(tmp_path))
-    with pytest.raises(FastossError, match=r"llama\.cpp says no losses"):
+    with pytest.raises(FastossError, match=r"llama\.cpp gives no losses"):
         evaluate(str(folder), None, rows=1, output=None, batch_size=1, language=None, max_new_tokens=1, say=print)
     with pytest.raises(FastossError, match="does not load the file"):
         open_model(str(tmp_path / "a.gguf"))

@@ -351,7 +351,8 @@ def test_streamable_parser_invalid_utf8_decoding(ids, text):
         ("<|channel|>commentary<|channel|>analysis<|message|>h<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", "h", "Hi", None),
         ("<|channel|>commentary 2?<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", None, "Hi", "a header without a message"),
         ("<|channel|>??<|message|>Hi<|return|>", None, "Hi", "a message with no known channel (??)"),
-        ("<|channel|>final<|message|>Hi<|end|><|start|>user<|message|>And?<|end|>", None, "Hi", "the reply continued with a message of user, left out"),
+        ("<|channel|>final<|message|>Hi<|end|><|start|>user<|message|>And?<|end|>", None, "Hi",
+         "the reply continued with a message of user, left out"),
         (
             "<|channel|>final<|message|>Hi<|end|><|start|>functions.f to=assistant<|channel|>commentary<|message|>{}<|end|>",
             None, "Hi", "the reply continued with a message of functions.f, left out",

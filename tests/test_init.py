@@ -52,7 +52,7 @@ def test_chats_become_a_recipe_that_trains(tmp_path):
     two_steps(output, tmp_path / "run")
     before = output.read_bytes()
     again = fastoss("init", "--data", data, *FLAGS, "--yes", "--output", output, cwd=tmp_path)
-    assert (again.code, "nothing is written over" in again.err, output.read_bytes()) == (2, True, before)
+    assert (again.code, "no file is overwritten" in again.err, output.read_bytes()) == (2, True, before)
 
 
 def test_pairs_become_a_recipe_that_trains(tmp_path):
@@ -83,17 +83,17 @@ def refused(tmp_path: Path, rows: list[dict] | bytes, **given: object) -> str:
     [
         ([{"frage": "Wer?", "antwort": "Ich."}], {"yes": True}, "rows.jsonl:1: the columns are not understood (frage, antwort)"),
         (gzip.compress(b"{}"), {"yes": True}, "rows.jsonl: "),
-        (ROWS, {"method": "dpo", "yes": True}, "rows.jsonl:1: the row is no pair of answers"),
+        (ROWS, {"method": "dpo", "yes": True}, "rows.jsonl:1: the row is not a pair of answers"),
         (PAIRS, {"method": "sft", "yes": True}, 'train pairs with method = "dpo"'),
         (
             [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
             {"method": "reasoning", "yes": True},
             "no row has reasoning",
         ),
-        (ROWS, {"method": "ppo", "yes": True}, "--method ppo: is none of sft, dpo and reasoning"),
-        (ROWS, {"name": "a/b", "yes": True}, "--name a/b: is no name"),
+        (ROWS, {"method": "ppo", "yes": True}, "--method ppo: is not one of sft, dpo and reasoning"),
+        (ROWS, {"name": "a/b", "yes": True}, "--name a/b: is not a valid name"),
         (ROWS, {"card": "H9000", "yes": True}, "--card H9000: not a card that is known here"),
-        (ROWS, {"card": "4GB", "yes": True}, "nothing that a recipe can say makes these rows fit"),
+        (ROWS, {"card": "4GB", "yes": True}, "no setting of a recipe makes these rows fit"),
         (ROWS, {"card": "24GB"}, "`--method` is missing, and there is no terminal to ask in"),
         (ROWS, {"method": "sft"}, "`--card` is missing, and there is no terminal to ask in"),
     ],

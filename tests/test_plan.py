@@ -205,9 +205,9 @@ def test_fit_writes_a_new_recipe_that_fits(folder: RecipeFolder):
     assert written.read_text() == before.replace('"bf16"  # whole', '"mxfp4"  # whole'), "and nothing else, comments included"
     assert check(written, "--card", "24GB")["fits"]
     again = fastoss("check", folder.recipe, "--card", "24GB", "--fit")
-    assert (again.code, "--fit writes over nothing" in again.err) == (2, True)
+    assert (again.code, "--fit overwrites no file" in again.err) == (2, True)
     nothing = fastoss("check", folder.recipe, "--card", "8GB", "--fit")
-    assert (nothing.code, "nothing that a recipe can say makes it fit" in nothing.err) == (2, True)
+    assert (nothing.code, "no setting of a recipe makes it fit" in nothing.err) == (2, True)
     unknown = fastoss("check", folder.recipe, "--card", "H9000")
     assert (unknown.code, "not a card that is known here" in unknown.err) == (2, True)
 

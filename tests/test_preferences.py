@@ -165,9 +165,9 @@ def test_answers_in_columns_of_other_names(kind):
 @pytest.mark.parametrize(
     ("columns", "fact"),
     [
-        ({}, "the row is no pair of answers (no columns)"),
-        ({"prompt": "u", "chosen": "a"}, "the row is no pair of answers (prompt, chosen)"),
-        ({"messages": [USER, CHOSEN]}, "the row is no pair of answers (messages)"),
+        ({}, "the row is not a pair of answers (no columns)"),
+        ({"prompt": "u", "chosen": "a"}, "the row is not a pair of answers (prompt, chosen)"),
+        ({"messages": [USER, CHOSEN]}, "the row is not a pair of answers (messages)"),
         ({"prompt": "u", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ({"prompt": "u", "chosen": "a", "rejected": "<think> </think>a"}, "chosen and rejected are the same"),
         ({"messages": [USER, CHOSEN], "rejected_messages": [USER, CHOSEN]}, "chosen and rejected are the same"),

@@ -100,7 +100,7 @@ def test_a_client_that_leaves_stops_the_sampling(client, engine):
         ({"messages": [{"role": "user", "content": "a <|end|> b"}]}, openai.BadRequestError, "control"),
         ({"temperature": -1}, openai.BadRequestError, "`temperature` is -1"),
         ({"temperature": "warm"}, openai.BadRequestError, "not a number"),
-        ({"reasoning_effort": "minimal"}, openai.BadRequestError, "is no reasoning effort"),
+        ({"reasoning_effort": "minimal"}, openai.BadRequestError, "is not a reasoning effort"),
         ({"n": 2}, openai.BadRequestError, "`n` = 2 is not supported"),
         ({"stop": ["a"] * 5}, openai.BadRequestError, "up to four"),
         ({"messages": [{"role": "user", "content": "x" * 1_100_000}]}, openai.APIStatusError, "larger than"),

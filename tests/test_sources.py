@@ -219,8 +219,8 @@ def test_a_parquet_value_that_cannot_be_read_is_one_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b'{"a": 1, "a": 2}', ':1: the key "a" stands more than once in one object'),
-        (b'{"m": [{"role": "user", "role": "x"}]}', ':1: the key "role" stands more than once in one object'),
+        (b'{"a": 1, "a": 2}', ':1: the key "a" occurs more than once in one object'),
+        (b'{"m": [{"role": "user", "role": "x"}]}', ':1: the key "role" occurs more than once in one object'),
         (b'{"a": [NaN]}', ":1: not valid JSON: NaN is not JSON"),
         (b'{"a": -Infinity}', ":1: not valid JSON: -Infinity is not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", ":1: not valid JSON: a number of more than 4,300 digits"),
@@ -319,7 +319,7 @@ def test_too_long(tmp_path, monkeypatch):
     ("content", "expected"),
     [
         ('a,b\n1,"x\n2,3\n', [":2: not valid CSV: the file ends within a quoted cell"]),
-        ('a,messages\n1,"[{""role"": 1, ""role"": 2}]"\n', [':2: the cell of `messages`: the key "role" stands more than once']),
+        ('a,messages\n1,"[{""role"": 1, ""role"": 2}]"\n', [':2: the cell of `messages`: the key "role" occurs more than once']),
         ("a,b\n1,x\0y\n2,3\n1,2,3\n", [":2: NUL bytes (the file was torn", ":4: the row has more cells than the header (3, 2)"]),
         ('a,b\n"1\n2",x,y\n\n3\n', [":2: the row has more cells", ":5: the row has fewer cells than the header (1, 2)"]),
     ],
@@ -382,16 +382,16 @@ WHOLE = [
     ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "the file is a git-lfs pointer", "git lfs pull"),
     ("a.csv", OFFICE, "the file is an Excel or Word file", "save it as CSV"),
     ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "the file is an old Excel or Word file", "save it as CSV"),
-    ("a.jsonl", b"PK\x03\x04\x14\0", "the file is a ZIP archive", "unpack it"),
+    ("a.jsonl", b"PK\x03\x04\x14\0", "the file is a ZIP archive", "extract it"),
     ("a.json", b"%PDF-1.7\n", "the file is a PDF", ""),
     ("a.jsonl", b"\x80\x04\x95", "the file is a Python pickle", "a pickle runs code"),
     ("a.jsonl", CONTENT[".parquet"], "the file is Parquet", "name it .parquet"),
-    ("a.jsonl", gzip.compress(CONTENT[".jsonl"]), "the file is packed with gzip", "name it a.jsonl.gz"),
-    ("a.csv", packed(CONTENT[".csv"], ".zst"), "the file is packed with zstd", "name it a.csv.zst"),
-    ("a.jsonl.gz", packed(CONTENT[".jsonl"], ".zst"), "the file is packed with zstd", ""),
-    ("a.jsonl.gz", gzip.compress(gzip.compress(CONTENT[".jsonl"])), "the file is packed twice", ""),
-    ("a.jsonl.gz", CONTENT[".jsonl"], "cannot be read: it is not packed with gzip, as its ending says", ""),
-    ("a.jsonl.zst", CONTENT[".jsonl"], "cannot be read: it is not packed with zstd", ""),
+    ("a.jsonl", gzip.compress(CONTENT[".jsonl"]), "the file is compressed with gzip", "name it a.jsonl.gz"),
+    ("a.csv", packed(CONTENT[".csv"], ".zst"), "the file is compressed with zstd", "name it a.csv.zst"),
+    ("a.jsonl.gz", packed(CONTENT[".jsonl"], ".zst"), "the file is compressed with zstd", ""),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(CONTENT[".jsonl"])), "the file is compressed twice", ""),
+    ("a.jsonl.gz", CONTENT[".jsonl"], "cannot be read: it is not compressed with gzip, as its extension says", ""),
+    ("a.jsonl.zst", CONTENT[".jsonl"], "cannot be read: it is not compressed with zstd", ""),
     ("a.jsonl.gz", gzip.compress(CONTENT[".jsonl"])[:-9], "cannot be read", ""),
     ("a.parquet", b"PAR1 nothing PAR1", "not valid Parquet", ""),
     ("a.parquet", b"", "not valid Parquet", ""),
@@ -463,7 +463,7 @@ def test_what_a_folder_leaves_out(tmp_path):
     assert [name for name, _ in itertools.groupby(places)] == ["a.csv.gz", "b.jsonl", "sub/d.json"]
     source = DataSource(source=str(tmp_path))
     assert unread_files(source) == ["README.md", "sub/c.txt"]
-    assert source_notes(source) == [f"2 files of {tmp_path} not read, being no data: README.md, sub/c.txt"]
+    assert source_notes(source) == [f"2 files of {tmp_path} not read, because they are no data files: README.md, sub/c.txt"]
     assert unread_files(DataSource(source=str(tmp_path / "b.jsonl"))) == []
     assert source_notes(DataSource(source=str(tmp_path / "b.jsonl"))) == []
     assert source_revisions([source]) == {}
@@ -597,7 +597,7 @@ def test_blank_lines_and_a_byte_order_mark(tmp_path):
         ("", "the folder holds no data file"),
         ("*.jsonl", "no file matches"),
         ("a.txt", "a `.txt` file cannot be read as data"),
-        ("a", "a file without an ending cannot be read as data"),
+        ("a", "a file without an extension cannot be read as data"),
     ],
 )
 def test_what_is_no_data(tmp_path, name, fact):

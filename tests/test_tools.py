@@ -203,7 +203,7 @@ def test_tools_under_two_names():
         ([calling(call()), USER], "message 3 is of the user, but the result of `f` must follow its call"),
         ([calling(call()), result()], "the conversation does not end with an answer"),
         ([calling(call()), result(), USER], "message 4 is of the user, but it is the assistant's turn"),
-        ([calling(call()), result(), result(), ANSWER], "message 4 is a tool's result too many: message 2 makes 1 call"),
+        ([calling(call()), result(), result(), ANSWER], "message 4 is one tool result too many: message 2 makes 1 call"),
         ([calling(call(), call())], "message 2 makes 2 calls, but 0 results follow"),
         ([calling(call(), call()), result()], "message 2 makes 2 calls, but 1 result follows"),
         ([calling(call(), call(), call()), result(), result(), ANSWER], "message 2 makes 3 calls, but 2 results follow"),

@@ -25,7 +25,7 @@ def read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
     with open_bytes(path, name, expected=b"PAR1") as file, tempfile.TemporaryFile() as unpacked:
         source: Any = path
         if path.suffix.lower() != ".parquet":
-            shutil.copyfileobj(file, unpacked)  # a Parquet file is read from its end, which a packed one does not let
+            shutil.copyfileobj(file, unpacked)  # a Parquet file is read from its end, which a compressed one does not allow
             source = unpacked
         try:
             # Without these two settings a whole row group is held, which may be the whole file.

@@ -57,7 +57,7 @@ def read_csv(path: Path, name: str, columns: dict[str, str]) -> Iterator[Row | B
                 header = _checked_header(cells, place)
             elif len(cells) != len(header):
                 more = "more" if len(cells) > len(header) else "fewer"
-                hint = f"a text with {_MARKS[mark]} stands between double quotes"
+                hint = f"put a text with {_MARKS[mark]} between double quotes"
                 yield BadRow(f"the row has {more} cells than the header ({len(cells)}, {len(header)})", place=place, hint=hint)
             else:
                 row = {column: cell for column, cell in zip(header, cells, strict=True) if cell}

@@ -179,7 +179,7 @@ class _Build:
         self._refuse_untrained()
         if report.train_examples == 0:
             gone = [f"{tally.count:,} × {reason}: {tally.listed()}" for reason, tally in report.drops.items()]
-            hint = "mend these rows, or change what left them out: a policy of [hygiene], model.max_length, format.train_on"
+            hint = "fix these rows, or change what left them out: a policy of [hygiene], model.max_length, format.train_on"
             place = shown(Path(self.recipe.data[0].source))
             raise FastossError(f"no training example is left ({'; '.join(gone)})", place=place, hint=hint)
         lengths, spans = store.examples["length"], store.spans
@@ -210,7 +210,11 @@ class _Build:
         if not settings.fraction:
             return []
         share = f"no evaluation: {settings.fraction:g} of {counted(rows, 'row')}"
-        return [f"{share} makes none" if round(settings.fraction * rows) < 1 else f"{share}: they are too few, or too much alike, to be divided"]
+        return [
+            f"{share} is less than half a row"
+            if round(settings.fraction * rows) < 1
+            else f"{share}: they are too few, or too much alike, to be split"
+        ]
 
     def _held_out_rows(self) -> numpy.ndarray:
         """Which rows are held out: those of `[[eval.data]]`, or those whose hash lies below `eval.fraction`.

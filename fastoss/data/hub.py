@@ -34,7 +34,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".xz", ".bz2", ".lz4")
 
 
 class NotCached(FastossError):
-    """A hub's data set is not on this machine, and the hub cannot be reached: a note for `check`, an error for `train`.
+    """A hub dataset is not on this machine, and the hub cannot be reached: a note for `check`, an error for `train`.
 
     `why` is what stands between us and the hub.
     """
@@ -47,7 +47,7 @@ class NotCached(FastossError):
 
 @dataclass(frozen=True)
 class HubData:
-    """The files of one split of a data set at one commit, by their names in its repository, and how to get one.
+    """The files of one split of a dataset at one commit, by their names in its repository, and how to get one.
 
     `commit` is the commit's hash. ModelScope tells none: there it is a hash of the files' hashes. `note` says when the
     hub could not be asked and the cache was taken.
@@ -88,7 +88,7 @@ def is_hub(name: str) -> bool:
 def hub_data(source: DataSource) -> HubData:
     """Find a source's files, asking the hub once a process. They are fetched when they are read.
 
-    Raises `NotCached` when there is neither network nor cache, `FastossError` when the hub has no such data set, split
+    Raises `NotCached` when there is neither network nor cache, `FastossError` when the hub has no such dataset, split
     or subset, or does not let us read it.
     """
     return _find(_asked(source))
@@ -134,7 +134,7 @@ def _not_cached(asked: _Asked, why: str) -> NotCached:
     hub = "HF_ENDPOINT" if asked.hub == "hf" else "MODELSCOPE_ENDPOINT"
     hint = f"check the network ({hub} names another hub), or read its sample: --sample"
     reason = f" ({why})" if why else ""
-    problem = NotCached(f"the data set is not in the cache, and the hub cannot be reached{reason}", place=asked.place, hint=hint)
+    problem = NotCached(f"the dataset is not in the cache, and the hub cannot be reached{reason}", place=asked.place, hint=hint)
     problem.why = why
     return problem
 
@@ -148,7 +148,7 @@ def _split_of(asked: _Asked, names: Iterable[str], read_card: Callable[[str], by
     It is shown a folder of empty files with these names, so that nothing needs to be fetched to find out.
     """
     with tempfile.TemporaryDirectory() as made:
-        # `datasets` knows a data set that is a script by its file's name, which is the folder's.
+        # `datasets` knows a dataset that is a script by its file's name, which is the folder's.
         folder = (Path(made) / (asked.name.rpartition("/")[2] or "data")).resolve()
         folder.mkdir()
         for name in names:
@@ -173,21 +173,21 @@ def _split_files(asked: _Asked, folder: Path, scratch: Path) -> list[str]:
     try:
         builder = datasets.load_dataset_builder(str(folder), name=asked.subset, cache_dir=str(scratch))
     except FileNotFoundError:
-        raise FastossError("the data set holds no data files", place=asked.place, hint=f"fastoss reads {KINDS}") from None
+        raise FastossError("the dataset holds no data files", place=asked.place, hint=f"fastoss reads {KINDS}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, yaml.YAMLError) as problem:
         if "scripts are no longer supported" in str(problem):
             hint = "fastoss runs no code from a hub: download its data files, and give them as a path"
-            raise FastossError("the data set is a script, not files", place=asked.place, hint=hint) from None
+            raise FastossError("the dataset is a script, not files", place=asked.place, hint=hint) from None
         known = re.search(r"\[(.*)\]", str(problem))
         if not known or "onfig" not in str(problem):
-            raise FastossError(f"the data set's card cannot be understood: {_first_line(problem)}", place=asked.place) from None
+            raise FastossError(f"the dataset's card cannot be understood: {_first_line(problem)}", place=asked.place) from None
         names = known[1].replace("'", "")
-        fact = f"the data set has no subset `{asked.subset}`" if asked.subset else "the data set has several subsets, and none is the default"
+        fact = f"the dataset has no subset `{asked.subset}`" if asked.subset else "the dataset has several subsets, and none is the default"
         raise FastossError(fact, place=asked.place, hint=f"set subset to one of: {names}") from None
     splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if asked.split not in splits:
         hint = f"it has {', '.join(splits)}" + ("; max_rows takes the first rows of one" if "[" in asked.split else "")
-        raise FastossError(f"the data set has no split `{asked.split}`", place=asked.place, hint=hint)
+        raise FastossError(f"the dataset has no split `{asked.split}`", place=asked.place, hint=hint)
     return splits[asked.split]
 
 
@@ -354,11 +354,11 @@ def _hf_errors(asked: _Asked) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         hint = "ask for access on its page, then set HF_TOKEN to a token of that account"
-        raise FastossError("the data set is gated", place=asked.place, hint=hint) from None
+        raise FastossError("the dataset is gated", place=asked.place, hint=hint) from None
     except errors.RevisionNotFoundError:
-        raise FastossError(f"the data set has no revision `{asked.revision}`", place=asked.place) from None
+        raise FastossError(f"the dataset has no revision `{asked.revision}`", place=asked.place) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise FastossError(f"the hub has no data set {asked.name}", place=asked.place, hint=private) from None
+        raise FastossError(f"the hub has no dataset {asked.name}", place=asked.place, hint=private) from None
     except errors.LocalEntryNotFoundError as problem:
         raise _not_cached(asked, type(problem.__cause__ or problem).__name__) from None
     except errors.EntryNotFoundError as problem:
@@ -442,7 +442,7 @@ def _modelscope_errors(asked: _Asked, hub: Any) -> Iterator[None]:
     try:
         yield
     except hub.NotExistError:
-        what = f"no revision `{asked.revision}` of " if asked.revision else "no data set "
+        what = f"no revision `{asked.revision}` of " if asked.revision else "no dataset "
         raise FastossError(f"the hub has {what}{asked.name}", place=asked.place, hint=private) from None
     except (hub.AuthenticationError, hub.PermissionDeniedError):
         raise FastossError("the hub does not let us read it", place=asked.place, hint=private) from None

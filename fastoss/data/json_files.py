@@ -43,7 +43,7 @@ class StrictJson:
         value = dict(pairs)
         if len(value) != len(pairs):
             twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            self.fault = f"the key {json.dumps(twice, ensure_ascii=False)} stands more than once in one object"
+            self.fault = f"the key {json.dumps(twice, ensure_ascii=False)} occurs more than once in one object"
         return value
 
     def row(self, value: Any, place: str) -> Row | BadRow:
@@ -193,7 +193,7 @@ def _no_list(text: _JsonText, strict: StrictJson) -> FastossError:
     hint = None
     if len(lists) == 1:
         base = text.name.rpartition("/")[2]
-        hint = f"the rows seem to stand in `{lists[0]}`: jq -c '.[{json.dumps(lists[0], ensure_ascii=False)}][]' {base} > {Path(base).stem}.jsonl"
+        hint = f"the rows seem to be in `{lists[0]}`: jq -c '.[{json.dumps(lists[0], ensure_ascii=False)}][]' {base} > {Path(base).stem}.jsonl"
     return FastossError(f"a .json file holds a list of rows, not {_kind(value)}", place=text.name, hint=hint)
 
 

@@ -105,7 +105,7 @@ class Judge:
                 close = near_column(name)
                 if close and close not in row.columns:
                     return f"the row has `{name}`: did you mean `{close}`?"
-        return 'mend the row, or set hygiene.malformed = "drop"'
+        return 'fix the row, or set hygiene.malformed = "drop"'
 
     def _unread(self, row: Row, source: DataSource) -> set[str]:
         pairs = self.recipe.method == "dpo"
@@ -131,7 +131,7 @@ class Judge:
             elif self.hygiene.mojibake == "keep":
                 noticed["look like mojibake, and kept (hygiene.mojibake)"] = conversation.place
             else:
-                hint = 'set hygiene.mojibake = "repair" to have it mended, or "keep" if it is meant'
+                hint = 'set hygiene.mojibake = "repair" to have it repaired, or "keep" if it is meant'
                 self._verdict(self.hygiene.mojibake, BadRow(fact, place=conversation.place, hint=hint), "mojibake", excerpt(conversation))
                 return None
         if has_empty_reasoning(conversation):
@@ -153,7 +153,7 @@ class Judge:
             return True
         hygiene = self.hygiene
         for policy, name, seen, what in (
-            (hygiene.leakage, "leakage", self._eval.get(self.near), "stands in the evaluation data as well"),
+            (hygiene.leakage, "leakage", self._eval.get(self.near), "is in the evaluation data as well"),
             (hygiene.duplicates, "duplicates", self._places.get(key), "is the same as an earlier row"),
             (hygiene.near_duplicates, "near_duplicates", "an earlier row" if self.near in self._near and key not in self._places else None,
              "is nearly the same as an earlier row"),

@@ -122,7 +122,7 @@ class _Turns:
             raise BadRow("a system message that is not the first", place=place, hint="harmony has one, at the beginning: join them there")
         if role == "tool" and self.messages and self.messages[-1].role == "tool" and self.caller is not None:
             calls = "1 call" if len(self.calls) == 1 else f"{len(self.calls)} calls"
-            raise BadRow(f"message {number} is a tool's result too many: message {self.caller[1]} makes {calls}", place=place)
+            raise BadRow(f"message {number} is one tool result too many: message {self.caller[1]} makes {calls}", place=place)
         if role == "tool":
             raise BadRow(f"message {number} is a tool's result, but no tool was called", place=place)
         if self.wanted == "tool" and len(self.calls) > 1:
@@ -158,7 +158,7 @@ def _without_think(content: str, thinking: str | None, place: str) -> tuple[str,
         raise BadRow("a <think> tag is not closed, or not at the beginning", place=place, hint=hint)
     inner = found[1].strip()
     if thinking is not None and thinking.strip() != inner:
-        raise BadRow("the answer has a <think> part and another reasoning besides", place=place, hint="keep one")
+        raise BadRow("the answer has a <think> part and other reasoning as well", place=place, hint="keep one")
     return rest, inner
 
 

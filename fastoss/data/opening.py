@@ -1,4 +1,4 @@
-"""A data file's bytes, unpacked and looked at: every reader of files opens them here."""
+"""A data file's bytes, decompressed and checked: every reader of files opens them here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CUT_SHORT = "the file may be cut short: fetch or write it again"
 
 
 def open_bytes(path: Path, name: str, *, expected: bytes | None = None) -> io.BufferedReader:
-    """Open a file, unpacked if it is packed. Raises `FastossError` when it is something else than its name says."""
+    """Open a file, decompressed if it is compressed. Raises `FastossError` when it is not what its name says."""
     packing, mark = _PACKED.get(path.suffix.lower(), ("", b""))
     if packing:
         with open(path, "rb") as packed:
             head = packed.read(4096)
         refuse_disguise(head, name, but=mark)
         if head and not head.startswith(mark):
-            fact, plain = f"cannot be read: it is not packed with {packing}, as its ending says", name.rpartition("/")[2].rpartition(".")[0]
+            fact, plain = f"cannot be read: it is not compressed with {packing}, as its extension says", name.rpartition("/")[2].rpartition(".")[0]
             raise FastossError(fact, place=name, hint=f"name it {plain}")
     raw: Any
     if packing == "gzip":
@@ -41,7 +41,7 @@ def open_bytes(path: Path, name: str, *, expected: bytes | None = None) -> io.Bu
     try:
         head = file.peek(4096)[:4096]
         if packing and head.startswith(tuple(mark for _, mark in _PACKED.values())):
-            raise FastossError("the file is packed twice", place=name, hint="unpack it once")
+            raise FastossError("the file is compressed twice", place=name, hint="decompress it once")
         refuse_disguise(head, name, but=expected)
     except BaseException:
         file.close()

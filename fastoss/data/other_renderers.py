@@ -59,7 +59,7 @@ def template_renderer(template: str, format: FormatSettings, name: str = OFFICIA
     try:
         compiled = _environment().from_string(template)
     except jinja2.TemplateError as problem:
-        raise FastossError(f"it is no Jinja template: {problem}", place=name) from None
+        raise FastossError(f"it is not a Jinja template: {problem}", place=name) from None
 
     def render(conversation: Conversation, kind: Kind) -> list[int]:
         day = datetime.date.fromisoformat(conversation.current_date or format.current_date)

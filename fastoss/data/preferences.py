@@ -92,8 +92,8 @@ def _pair(row: Row) -> tuple[Reading, Reading]:
         return Reading(_ended(prompt, columns["chosen"], "chosen", place)), Reading(_ended(prompt, columns["rejected"], "rejected", place))
     name = next((name for name in _ONE_ANSWER if name in columns), None)
     if name is None:
-        hint = 'give `prompt`, `chosen` and `rejected`, or `messages` and `rejected_response`; answers without a rival are for method = "sft"'
-        raise BadRow(f"the row is no pair of answers ({', '.join(columns) or 'no columns'})", place=place, hint=hint)
+        hint = 'give `prompt`, `chosen` and `rejected`, or `messages` and `rejected_response`; rows with a single answer are for method = "sft"'
+        raise BadRow(f"the row is not a pair of answers ({', '.join(columns) or 'no columns'})", place=place, hint=hint)
     ours = name.replace("rejected", "chosen")
     if ours in columns:
         hint = f'say which they are: columns = {{ chosen = "{ours}", rejected = "{name}" }}'

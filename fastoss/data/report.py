@@ -43,7 +43,7 @@ class DataReport:
     trained_tokens: int = 0
     trained_by_channel: dict[str, int] = field(default_factory=dict)
     longest: int = 0
-    sources: dict[str, str] = field(default_factory=dict)  # what was read: of a hub data set its commit
+    sources: dict[str, str] = field(default_factory=dict)  # what was read: of a hub dataset its commit
     drops: dict[str, Tally] = field(default_factory=dict)  # by reason
     kept: dict[str, Tally] = field(default_factory=dict)  # what was noticed and kept or mended
     unread: Counter[str] = field(default_factory=Counter)  # columns that no format knows, and in how many rows

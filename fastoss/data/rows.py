@@ -22,11 +22,11 @@ class BadRow(FastossError):
     """A row that cannot be read or understood; `[hygiene] malformed` decides what becomes of it."""
 
 
-KINDS = "a .jsonl, .json, .csv or .parquet file, packed as .gz or .zst or not"
+KINDS = "a .jsonl, .json, .csv or .parquet file, compressed (.gz, .zst) or not"
 
 
 def kind_of(name: str) -> str:
-    """`.jsonl`, `.json`, `.csv` or `.parquet`, whatever the file is packed with; empty for other files."""
+    """`.jsonl`, `.json`, `.csv` or `.parquet`, however the file is compressed; empty for other files."""
     name = name.lower()
     for packed in (".gz", ".zst"):
         name = name.removesuffix(packed)

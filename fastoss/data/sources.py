@@ -98,7 +98,7 @@ def _file_digest(path: Path, size: int, changed_ns: int, number: int) -> str:
 
 
 def source_revisions(sources: Iterable[DataSource], *, sample: bool = False) -> dict[str, str]:
-    """The commit of each hub data set among the sources, for the manifest."""
+    """The commit of each hub dataset among the sources, for the manifest."""
     chosen = [_chosen(source, sample) for source in sources]
     return {source.source: hub_data(source).commit for source in chosen if is_hub(source.source)}
 
@@ -113,7 +113,7 @@ def source_notes(source: DataSource, *, sample: bool = False) -> list[str]:
     if not left:
         return []
     some = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
-    return [f"{len(left)} {'file' if len(left) == 1 else 'files'} of {shown(Path(source.source))} not read, being no data: {some}"]
+    return [f"{len(left)} {'file' if len(left) == 1 else 'files'} of {shown(Path(source.source))} not read, because they are no data files: {some}"]
 
 
 def unread_files(source: DataSource, *, sample: bool = False) -> list[str]:
@@ -179,7 +179,7 @@ def _local_files(path: Path) -> list[Path]:
     for file in files:
         if not kind_of(file.name):
             ending = "".join(file.suffixes[-2:]) if file.suffix.lower() in (".gz", ".zst") else file.suffix
-            kind = f"a `{ending}` file" if ending else "a file without an ending"
+            kind = f"a `{ending}` file" if ending else "a file without an extension"
             raise FastossError(f"{kind} cannot be read as data", place=shown(file), hint=f"give {KINDS}")
     return files
 
@@ -187,7 +187,7 @@ def _local_files(path: Path) -> list[Path]:
 def _instead_of(path: Path) -> str:
     """What to do about a file that is not there. Names are compared without their endings: those make all of them alike."""
     if any(part in ("http:", "https:") for part in path.parts):
-        return "download it first: files and hubs are read"
+        return "download it first: only files and hubs are read"
     beside = [entry.name for entry in sorted(path.parent.iterdir()) if kind_of(entry.name) or entry.is_dir()] if path.parent.is_dir() else []
     beside.sort(key=lambda name: name.endswith(path.suffix))  # of two with one stem, the one with our ending is taken
     stems = {name.partition(".")[0].lower(): spelled(name) for name in beside}

@@ -12,12 +12,12 @@ from fastoss.errors import FastossError
 
 _SAMPLE = 1 << 16
 _FORMATS = (
-    (b"\x1f\x8b", "packed with gzip", "give it its ending: name it {name}.gz"),
-    (b"\x28\xb5\x2f\xfd", "packed with zstd", "give it its ending: name it {name}.zst"),
-    (b"BZh", "packed with bzip2", "unpack it: bzip2 -d (gzip and zstd are read as they are)"),
-    (b"\xfd7zXZ\0", "packed with xz", "unpack it: xz -d (gzip and zstd are read as they are)"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
-    (b"%PDF", "a PDF", "rows stand in JSONL, JSON, CSV or Parquet"),
+    (b"\x1f\x8b", "compressed with gzip", "give it its extension: name it {name}.gz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "give it its extension: name it {name}.zst"),
+    (b"BZh", "compressed with bzip2", "decompress it: bzip2 -d (gzip and zstd are read as they are)"),
+    (b"\xfd7zXZ\0", "compressed with xz", "decompress it: xz -d (gzip and zstd are read as they are)"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "extract it"),
+    (b"%PDF", "a PDF", "rows are read from JSONL, JSON, CSV or Parquet"),
     (b"PAR1", "Parquet", "name it .parquet"),
     (b"ARROW1", "an Arrow file", "write it as Parquet"),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "save it as CSV (UTF-8)"),
@@ -42,10 +42,10 @@ def refuse_disguise(head: bytes, place: str, *, but: bytes | None = None) -> Non
             raise FastossError(f"the file is {fact}", place=place, hint=hint.format(name=name))
     if head.startswith(b"PK\x03\x04"):
         office = b"[Content_Types].xml" in head
-        fact, hint = ("an Excel or Word file", "save it as CSV (UTF-8)") if office else ("a ZIP archive", "unpack it, and give the files in it")
+        fact, hint = ("an Excel or Word file", "save it as CSV (UTF-8)") if office else ("a ZIP archive", "extract it, and give the files in it")
         raise FastossError(f"the file is {fact}", place=place, hint=hint)
     if head[257:262] == b"ustar":
-        raise FastossError("the file is a tar archive", place=place, hint="unpack it, and give the files in it")
+        raise FastossError("the file is a tar archive", place=place, hint="extract it, and give the files in it")
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise FastossError("the file is a Python pickle", place=place, hint="write it as JSONL: a pickle runs code when it is read")
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:20].lower()
@@ -56,7 +56,7 @@ def refuse_disguise(head: bytes, place: str, *, but: bytes | None = None) -> Non
     if encoding:
         raise _foreign(encoding, place)
     if but is None and len(head) - len(head.translate(None, _NOT_IN_TEXT)) > max(3, len(head) // 50):
-        raise FastossError("the file is binary, not text", place=place, hint="rows stand in JSONL, JSON, CSV or Parquet")
+        raise FastossError("the file is binary, not text", place=place, hint="rows are read from JSONL, JSON, CSV or Parquet")
 
 
 def _wide_encoding(head: bytes) -> str | None:

@@ -58,7 +58,7 @@ class Guard:
     async def _request(self, request: Request, receive: Receive, send: Send) -> None:
         method, path = request.method, request.path
         if self.hosts is not None and request.host_name not in self.hosts:
-            await say(send, 421, "this name is not answered here")
+            await say(send, 421, "this host name is not served here")
         elif any(sign in path for sign in ("..", "\\", "\0", "%")):
             await say(send, 404, "not found")
         elif method == "POST" and request.origin not in (None, request.host):
@@ -143,7 +143,7 @@ class Guard:
         elif not self._is_owner(token, page):
             await say(send, 403, _ANOTHERS)
         elif "gradio.FileData" in json.dumps(told):  # Gradio would fetch it, or look it up: no input of this page is a file
-            await say(send, 400, "files are not taken here")
+            await say(send, 400, "uploads are not accepted here")
         else:
             await self.app(request.scope, again(body), with_headers(send))
 

@@ -36,7 +36,7 @@ class Limits:
 
     def check_length(self, turns: int) -> None:
         if turns >= self.turns:
-            raise FastossError(f"this chat has {turns} turns, which is all that it may have", hint="begin a new one")
+            raise FastossError(f"this chat has {turns} turns, which is the limit", hint="begin a new one")
 
     def check_prompt(self, tokens: int) -> None:
         if tokens > self.chat_tokens:

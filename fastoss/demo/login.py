@@ -45,7 +45,7 @@ class Users:
                     raise ValueError
                 self._users[name] = int(n), int(r), int(p), base64.b64decode(salt, validate=True), base64.b64decode(digest, validate=True)
             except ValueError:
-                raise FastossError("this is no user (name:scrypt$…)", place=place, hint=MAKE_USER) from None
+                raise FastossError("this is not a user line (name:scrypt$…)", place=place, hint=MAKE_USER) from None
         if not self._users:
             raise FastossError(
                 "there is no user in it", place=lines[0][0] if lines else "--auth", hint="python app.py --hash-password NAME makes a line"

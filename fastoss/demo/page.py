@@ -331,9 +331,9 @@ def asking_of(mode: str, language: str, effort: str, temperature: float, longest
         wanted = None if effort == _AS_TRAINED else str(Effort(effort))
         number, most = float(temperature), int(longest)
     except (ValueError, TypeError, OverflowError):
-        raise FastossError("the settings are none that the page offers", hint="reload it") from None
+        raise FastossError("these settings are not offered by the page", hint="reload it") from None
     if not (0 <= number <= 2 and most >= 1 and isinstance(system or "", str)):
-        raise FastossError("the settings are none that the page offers", hint="reload it")
+        raise FastossError("these settings are not offered by the page", hint="reload it")
     return Asking(chosen, wanted, "" if language == _AS_TRAINED else str(language), number, system or "", most)
 
 

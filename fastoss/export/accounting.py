@@ -197,7 +197,7 @@ def _compare(
 ) -> str | None:
     """What is wrong with a matrix, in words, or None. `wanted` is what the format makes of `expected` = base + LoRA's change."""
     if not bool(torch.isfinite(have).all()):
-        return "it holds values that are no numbers"
+        return "it holds values that are NaN or infinite"
     scale = float(expected.abs().max())
     # Two ways to sum the same products differ in the last bits of float32.
     off = (have - wanted).abs() > 4e-6 * scale

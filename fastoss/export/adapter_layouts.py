@@ -139,7 +139,7 @@ class Adapter:
         for key in self.file.names():
             found = _KEY.match(key)
             if found is None:
-                raise FastossError(f"`{key}` is no LoRA of gpt-oss's attention or experts", place=str(self.folder / WEIGHTS))
+                raise FastossError(f"`{key}` is not a LoRA weight of gpt-oss's attention or experts", place=str(self.folder / WEIGHTS))
             layer = f"model.layers.{found['layer']}"
             if found["module"]:
                 name, expert = f"{layer}.self_attn.{found['module']}.weight", 0
@@ -186,7 +186,7 @@ class Adapter:
     def _count_experts(self) -> int:
         counts = {self.file.shape(w.keys[0][0])[0] // self.r if w.fused else len(w.keys) for name, w in self.where.items() if "experts" in name}
         if len(counts) > 1:
-            raise FastossError(f"its pairs speak of {sorted(counts)} experts", place=str(self.folder / WEIGHTS))
+            raise FastossError(f"its pairs name {sorted(counts)} experts", place=str(self.folder / WEIGHTS))
         return counts.pop() if counts else 0
 
     def _tell_layout(self, said: str | None) -> str:

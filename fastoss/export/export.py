@@ -156,7 +156,7 @@ def _check_gguf() -> None:
 def _check_place(place: Path) -> None:
     """An older export may be replaced, nothing else."""
     if place.exists() and any(place.iterdir()) and not (place / RESULT).is_file():
-        raise FastossError("the folder holds something else than an export", place=str(place), hint="name another place with --output")
+        raise FastossError("the folder holds something other than an export", place=str(place), hint="name another place with --output")
 
 
 @contextlib.contextmanager

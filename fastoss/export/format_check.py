@@ -103,7 +103,7 @@ def jinja_renderer(template: str) -> Render:
     try:
         compiled = _environment().from_string(template)
     except jinja2.TemplateError as problem:
-        raise FastossError(f"it is no Jinja template: {problem}", place="chat_template.jinja") from None
+        raise FastossError(f"it is not a Jinja template: {problem}", place="chat_template.jinja") from None
 
     def render(conversation: Conversation, kind: Kind) -> list[int]:
         settings = {"reasoning_effort": conversation.reasoning_effort, "current_date": conversation.current_date}

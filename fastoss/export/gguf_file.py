@@ -70,7 +70,7 @@ def _parts_of(base: Base, name: str, quantization: Quantization) -> Iterator[Par
     if base.is_experts(name):
         experts, into, out = shape
         if into % 32 and kind in ("MXFP4", "Q8_0"):
-            raise FastossError(f"`{name}` maps {into} values, which are no whole blocks of 32", place=f"--quantization {quantization}")
+            raise FastossError(f"`{name}` maps {into} values, which is not a whole number of blocks of 32", place=f"--quantization {quantization}")
         if name.endswith("gate_up_proj"):
             for half, part in enumerate(("gate", "up")):
                 yield Part(target.format(part), name, half, kind, (experts, out // 2, into))

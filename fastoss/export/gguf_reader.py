@@ -43,7 +43,7 @@ class GgufFile:
             with open(path, "rb", buffering=1 << 20) as file:
                 self._read(file, path.stat().st_size)
         except (OSError, ValueError, KeyError, UnicodeDecodeError, struct.error) as problem:
-            hint = "the copy broke off, or it is no GGUF file: export the run again"
+            hint = "the copy is incomplete, or it is not a GGUF file: export the run again"
             raise FastossError(f"the file cannot be read: {problem}", place=str(path), hint=hint) from None
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> numpy.ndarray:

@@ -81,7 +81,7 @@ class GgufWeights:
         for name, file_type in FILE_TYPES.items():
             if int(gguf.LlamaFileType[file_type]) == kind:
                 return name
-        raise FastossError(f"its file type {kind} is none that fastoss writes", place=str(self.path))
+        raise FastossError(f"its file type {kind} is not one that fastoss writes", place=str(self.path))
 
     def bytes(self) -> int:
         return self.path.stat().st_size

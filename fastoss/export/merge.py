@@ -79,7 +79,7 @@ def mxfp4_tensors(base: Base) -> list[Wanted]:
             continue
         experts, into, out = base.shape(name)
         if into % BLOCK:
-            raise FastossError(f"`{name}` maps {into} values, which are no whole blocks of {BLOCK}", place="--format mxfp4")
+            raise FastossError(f"`{name}` maps {into} values, which is not a whole number of blocks of {BLOCK}", place="--format mxfp4")
         wanted.append(Wanted(f"{name}_blocks", torch.uint8, (experts, out, into // BLOCK, BLOCK // 2)))
         wanted.append(Wanted(f"{name}_scales", torch.uint8, (experts, out, into // BLOCK)))
     return wanted

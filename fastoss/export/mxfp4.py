@@ -26,7 +26,7 @@ def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     taken. Values that come from MXFP4 come back exactly.
     """
     *front, width = matrix.shape
-    assert width % BLOCK == 0, f"{width} values are no whole blocks of {BLOCK}"
+    assert width % BLOCK == 0, f"{width} values are not a whole number of blocks of {BLOCK}"
     flat = matrix.reshape(-1, BLOCK)
     blocks = torch.empty(flat.shape[0], BLOCK // 2, dtype=torch.uint8)
     scales = torch.empty(flat.shape[0], dtype=torch.uint8)

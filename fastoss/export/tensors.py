@@ -63,12 +63,12 @@ def read_header(path: Path) -> dict[str, Entry]:
             if end - begin != entry.bytes:
                 raise ValueError(f"`{name}` has {end - begin:,} bytes, its shape needs {entry.bytes:,}")
             if 8 + length + end > size:
-                raise ValueError(f"it ends within `{name}`: {size:,} bytes, its header speaks of {8 + length + end:,}")
+                raise ValueError(f"it ends within `{name}`: {size:,} bytes, its header says {8 + length + end:,}")
             entries[name] = entry
     except FileNotFoundError:
         raise FastossError("the file is missing", place=str(path)) from None
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        hint = "the copy or the download broke off: fetch it again"
+        hint = "the copy or the download is incomplete: fetch it again"
         raise FastossError(f"the weights cannot be read: {problem}", place=str(path), hint=hint) from None
     return entries
 

@@ -84,7 +84,7 @@ class Talk:
             self.last = None
         elif name == "effort":
             if told not in ("", "as trained", *Effort):
-                raise FastossError(f"“{told}” is no effort", place="/effort", hint="low, medium, high, or as trained")
+                raise FastossError(f"“{told}” is not a reasoning effort", place="/effort", hint="low, medium, high, or as trained")
             self.asked = replace(self.asked, reasoning_effort=told if told in list(Effort) else None)
         elif name == "language":
             self.asked = replace(self.asked, language=None if told in ("", "off") else ReasoningLanguage.named(told))
@@ -99,11 +99,11 @@ class Talk:
             try:
                 self.sampling = replace(self.sampling, temperature=float(told))
             except ValueError:
-                raise FastossError(f"“{told}” is no number", place="/temperature") from None
+                raise FastossError(f"“{told}” is not a number", place="/temperature") from None
         elif name == "save":
             self._save(told)
         else:
-            raise FastossError(f"/{name} is no command", hint="/help lists them")
+            raise FastossError(f"/{name} is not a command", hint="/help lists them")
 
     def _system(self) -> str:
         messages = self.asked.messages

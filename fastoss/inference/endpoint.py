@@ -95,7 +95,7 @@ class EndpointEngine:
         except httpx.TransportError as problem:
             raise FastossError(f"no server answers ({problem})", place=self.url, hint=_START) from None
         except (ValueError, KeyError, IndexError, TypeError):
-            raise FastossError("what answers there names no model", place=self.url, hint=f"name one: {self.url}#NAME") from None
+            raise FastossError("the server lists no model", place=self.url, hint=f"name one: {self.url}#NAME") from None
 
     def _body(self, question: Question, sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -156,7 +156,7 @@ class EndpointEngine:
         except httpx.TransportError as problem:
             raise RunFailed(f"the connection broke: {problem}", place=self.url) from None
         except ValueError:
-            raise RunFailed("the server sent something else than JSON", place=self.url) from None
+            raise RunFailed("the server sent something other than JSON", place=self.url) from None
 
 
 def _read(delta: dict[str, Any], names: dict[int, str]) -> Iterator[Delta]:

@@ -52,10 +52,10 @@ def evaluate(
     """
     if is_endpoint(name):
         hint = "answer the file with `fastoss generate`, or evaluate the run itself"
-        raise FastossError("a server says no losses and has no base beside it", place=name, hint=hint)
+        raise FastossError("a server gives no losses, and has no base to compare with", place=name, hint=hint)
     if is_gguf(name):
         hint = "evaluate the run it was made from; `fastoss verify` compares the file with it"
-        raise FastossError("llama.cpp says no losses of a GGUF file, and has no base beside it", place=name, hint=hint)
+        raise FastossError("llama.cpp gives no losses for a GGUF file, and has no base to compare with", place=name, hint=hint)
     run = RunDirectory(Path(name).expanduser())
     recipe = recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)) if run.exists() else None
     folder = _folder(output, run)
@@ -88,9 +88,9 @@ def _before(engine: Any, recipe: Recipe | None, say: Say) -> str:
         folder = adapter_folder(recipe.model.adapter)
         engine.put_beside(folder, recipe.lora)
     except FastossError as problem:
-        say(f"note: of the adapter that the run began from, {problem.place}: {problem.fact}; the base stands beside it")
+        say(f"note: {problem.place}: {problem.fact}; the run started from this adapter, but the base is compared instead")
         return "base"
-    say(f"beside it: {recipe.model.adapter}, from which the run began")
+    say(f"compared with {recipe.model.adapter}, the adapter that the run started from")
     return "start"
 
 
@@ -111,7 +111,7 @@ def _held(name: str, recipe: Recipe | None, source: Path | None, say: Say) -> tu
         found = [Held(row.conversation, row.reference is not None, row.rejected) for row in read_asked(source, identity)]
         return found, str(source)
     if recipe is None:
-        raise FastossError("this is no run directory, so it has no held-out rows", place=name, hint="give rows with --input FILE")
+        raise FastossError("this is not a run directory, so it has no held-out rows", place=name, hint="give rows with --input FILE")
     path = RunDirectory(Path(name).expanduser()).manifest
     manifest = read_json(path) if path.is_file() else {}
     dataset = build_dataset(recipe, sample=manifest.get("sample", False), progress=say)
@@ -218,7 +218,7 @@ def _losses(engine: Any, conversations: Sequence[Conversation], sides: Sequence[
         per_row = {side: [total / count if count else None for total, count in rows[side]] for side in sides}
         gap = difference(per_row["base"], per_row["tuned"]) if "base" in rows else None
         for name, label, of in (
-            ("loss", f"surprise at the expected {called} (loss)", lambda loss: loss),
+            ("loss", f"loss on the expected {called} (surprise)", lambda loss: loss),
             ("perplexity", f"perplexity of the expected {called}", numpy.exp),
         ):
             found = {side: ratio([total for total, _ in rows[side]], [count for _, count in rows[side]], of) for side in sides}

@@ -31,7 +31,7 @@ def table_notes(result: dict[str, Any]) -> list[str]:
     if result["compared"]:
         notes.append('"better" and "worse" are said only where chance does not explain the change (paired bootstrap, and a sign test at 5 %).')
     if any(entry["unit"] == "nats" for entry in result["measures"].values()):
-        notes.append("Surprise is in nats a token: 0 is word for word as expected, each 0.69 less is twice as likely.")
+        notes.append("Loss is in nats per token: 0 is word for word as expected, each 0.69 less is twice as likely.")
     counted = [name for name in ("reasoning_language", "answer_language") if name in result["measures"]]
     if counted:
         notes.append("Languages are counted where a text is long enough to tell.")

@@ -218,7 +218,7 @@ class _Files:
                 self.partial.unlink()
                 return {}
         if known != self.settings:
-            fact = "an unfinished run of other settings lies there" + _difference(known, self.settings)
+            fact = "an unfinished run with other settings is there" + _difference(known, self.settings)
             raise FastossError(fact, place=str(self.partial), hint=_LATER)
         done = {}
         for line in lines[1:-1]:  # a line that a kill has torn has no end

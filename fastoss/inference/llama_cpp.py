@@ -157,7 +157,7 @@ def running(path: Path, context: int, threads: int, *, chats: int = 1, gpu_layer
             if not address or not _is_ready(server, process):
                 log.seek(max(0, log.tell() - 2000))
                 lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-                telling = [line for line in lines if "error" in line.lower()] or lines or ["it ended without a word"]
+                telling = [line for line in lines if "error" in line.lower()] or lines or ["it ended without a message"]
                 raise RunFailed(f"llama.cpp does not load the file: {telling[-1].strip()}", place=str(path))
             yield server
         finally:

@@ -62,7 +62,7 @@ class ReasoningLanguage(StrEnum):
             if wanted in (language.value, language.english_name.lower()):
                 return language
         names = ", ".join(language.english_name for language in cls)
-        raise FastossError(f"“{text}” is no language that can be asked for", place="reasoning language", hint=f"one of {names}; or their codes")
+        raise FastossError(f"“{text}” is not a language that can be asked for", place="reasoning language", hint=f"one of {names}; or their codes")
 
 
 # As HuggingFaceH4/Multilingual-Thinking writes it at the head of its developer messages: what was trained is what is asked.
@@ -150,7 +150,7 @@ class Question:
         if not self.messages or self.messages[-1].role not in ("user", "tool"):
             raise FastossError("the chat does not end with a question", place="messages", hint="its last message is the user's, or a tool's result")
         if self.reasoning_effort is not None and self.reasoning_effort not in list(Effort):
-            raise FastossError(f"“{self.reasoning_effort}” is no reasoning effort", place="reasoning effort", hint="low, medium or high")
+            raise FastossError(f"“{self.reasoning_effort}” is not a reasoning effort", place="reasoning effort", hint="low, medium or high")
         return self
 
     def followed_by(self, *messages: Message) -> Question:

@@ -67,7 +67,7 @@ def recipe_text(settings: Settings, file: str) -> str:
             f"source = {_quoted(settings.source)}",
             "",
             "[format]",
-            _commented('reasoning_effort = "medium"', "low | medium | high; a row may say its own"),
+            _commented('reasoning_effort = "medium"', "low | medium | high; a row may set its own"),
             _commented('current_date = "2026-01-01"', "pinned: training and chat see the same date"),
             "",
             *_hygiene(settings),
@@ -99,7 +99,7 @@ def _model(settings: Settings) -> list[str]:
     }[settings.precision]
     longer = f"; {settings.over_length:,} longer examples are left out, and counted" if settings.over_length else "; the longest row fits"
     adapter = (
-        ['# adapter  = "runs/NAME"             # begin from an SFT run: preferences are best learned after it'] if settings.method == "dpo" else []
+        ['# adapter  = "runs/NAME"             # start from an SFT run: preferences are best learned after SFT'] if settings.method == "dpo" else []
     )
     return [
         "[model]",
@@ -122,11 +122,11 @@ def _eval(settings: Settings) -> list[str]:
 
 
 def _train(settings: Settings) -> list[str]:
-    rate = {"sft": ("1e-4", "2e-4 learns faster, 5e-5 forgets less"), "dpo": ("1e-5", "DPO wants little: 5e-7 to 5e-5"), "reasoning": ("2e-4", "")}
+    rate = {"sft": ("1e-4", "2e-4 learns faster, 5e-5 forgets less"), "dpo": ("1e-5", "DPO needs little: 5e-7 to 5e-5"), "reasoning": ("2e-4", "")}
     size = (
         [
-            _commented("per_device_train_batch_size = 2", "pairs of a micro-batch"),
-            _commented(f"gradient_accumulation_steps = {settings.accumulation}", "micro-batches of a step"),
+            _commented("per_device_train_batch_size = 2", "pairs per micro-batch"),
+            _commented(f"gradient_accumulation_steps = {settings.accumulation}", "micro-batches per step"),
         ]
         if settings.method == "dpo"
         else [
@@ -150,7 +150,7 @@ def _train(settings: Settings) -> list[str]:
 def _dpo() -> list[str]:
     return [
         "[dpo]",
-        _commented("beta = 0.1", "how dear it is to leave the reference"),
+        _commented("beta = 0.1", "how strongly it is held to the reference"),
         'loss_type = ["sigmoid"]',
         _commented('reference = "start"', "the model as the run found it"),
         "",

@@ -132,12 +132,12 @@ def _method(text: str) -> Method:
     for method in PURPOSES:
         if text == method:
             return method
-    raise FastossError("is none of sft, dpo and reasoning", place=f"--method {text}")
+    raise FastossError("is not one of sft, dpo and reasoning", place=f"--method {text}")
 
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
-        raise FastossError("is no name", place=f"--name {text}", hint="letters, digits, dots, dashes and underscores: a folder is called after it")
+        raise FastossError("is not a valid name", place=f"--name {text}", hint="letters, digits, dots, dashes, underscores: it names a folder")
     return text
 
 
@@ -160,7 +160,7 @@ def _name_of(data: str) -> str:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise FastossError("there is such a file already", place=str(output), hint="give another --output: nothing is written over")
+        raise FastossError("the file exists already", place=str(output), hint="give another --output: no file is overwritten")
 
 
 def _write_new(output: Path, text: str) -> None:
@@ -197,8 +197,8 @@ def _read(data: str, method: Method) -> tuple[Dataset, tuple[tuple[str, str, str
         left_out = sum(tally.count for tally in report.drops.values() if tally.unit == "rows")
         if first is not None and left_out > _BAD * report.rows:
             break
-        why = f"{counted(left_out, 'row')} left out, see fastoss check" if left_out else "damaged text is mended"
-        return dataset, tuple((key, value, why if key == "malformed" else "damaged text is mended") for key, value in policy.items())
+        why = f"{counted(left_out, 'row')} left out, see fastoss check" if left_out else "damaged text is repaired"
+        return dataset, tuple((key, value, why if key == "malformed" else "damaged text is repaired") for key, value in policy.items())
     assert first is not None
     raise first
 
@@ -276,7 +276,7 @@ def _fitting(settings: Settings, card: Card, output: Path) -> tuple[str, Outlook
     if outlook.plan.fits:
         return text, outlook
     if outlook.fit is None:
-        raise FastossError(f"nothing that a recipe can say makes these rows fit on {card.line()}", place=_PLACE, hint="name a larger --card")
+        raise FastossError(f"no setting of a recipe makes these rows fit on {card.line()}", place=_PLACE, hint="name a larger --card")
     for change in outlook.fit.changes:
         text = set_value(text, change.key, change.new, place=str(output))
     return text, outlook

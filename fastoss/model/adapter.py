@@ -108,7 +108,7 @@ def check_adapter(folder: Path, source: str | None = None) -> None:
         raise FastossError(f"`{unpaired[0]}` has no counterpart ({len(unpaired)} such tensors)", place=place, hint=_TRAIN_AGAIN)
     strange = sorted(name for name in tensors if "lora_A" not in name and "lora_B" not in name)
     if strange or not tensors:
-        raise FastossError(f"`{strange[0]}` is no LoRA tensor" if strange else "it holds no tensors", place=place, hint=_TRAIN_AGAIN)
+        raise FastossError(f"`{strange[0]}` is not a LoRA tensor" if strange else "it holds no tensors", place=place, hint=_TRAIN_AGAIN)
     if _is_inert(folder / WEIGHTS, tensors):
         hint = "it was saved before a first step that changed anything; train longer, or with a learning rate above 0"
         raise FastossError("the adapter does nothing: every lora_B is zero, its replies would be the base model's", place=place, hint=hint)

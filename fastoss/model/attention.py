@@ -102,7 +102,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, branc
 @functools.lru_cache(maxsize=64)
 def _choose(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, branches: bool) -> Choice:
     if wanted and wanted not in KERNELS:
-        raise FastossError(f'"{wanted}" is no attention kernel', place=KERNEL_VARIABLE, hint=f"one of {', '.join(KERNELS)}")
+        raise FastossError(f'"{wanted}" is not an attention kernel', place=KERNEL_VARIABLE, hint=f"one of {', '.join(KERNELS)}")
     if wanted.startswith("flash") and branches:
         return Choice("flex", f"{KERNEL_VARIABLE} asks for {wanted}, which cannot mask trees")
     if wanted:

@@ -73,7 +73,7 @@ def check_targets(model: Any, settings: LoraSettings, expert_layers: list[int]) 
             continue
         layer = re.search(r"\.layers\.(\d+)\.(self_attn|mlp)\b", name)
         if layer is None or ".lora_" not in name:
-            raise FastossError(f"`{name}` would train, but is no LoRA of attention or experts")
+            raise FastossError(f"`{name}` would train, but is not a LoRA weight of attention or experts")
         group = "attention" if layer[2] == "self_attn" else "experts"
         counts[group] += parameter.numel()
         reached[group].add(int(layer[1]))
@@ -83,7 +83,7 @@ def check_targets(model: Any, settings: LoraSettings, expert_layers: list[int]) 
         wanted = named[group] if group in settings.targets else set()
         if reached[group] != wanted:
             missing, extra = sorted(wanted - reached[group]), sorted(reached[group] - wanted)
-            what = f"layers {missing} got none" if missing else f"layers {extra} got it unasked"
+            what = f"layers {missing} got none" if missing else f"layers {extra} got it without being named"
             raise FastossError(f'LoRA on "{group}" did not reach what was named: {what}', hint=hint)
         expected = len(wanted) * settings.r * sum(size_in + size_out for size_in, size_out in matrices)
         if counts[group] != expected:

@@ -78,8 +78,8 @@ def _differences_part(runs: Sequence[Facts], names: Sequence[str]) -> Html:
         if len(set(told)) > 1:
             rows.append(tag("tr", tag("th", f"version of {name}", class_="mono"), *(tag("td", _value(value), class_="mono") for value in told)))
     if not rows:
-        return section("differences", "In what they differ", tag("p", "In no key of the recipe and no library's version."))
-    return section("differences", "In what they differ", tag("div", tag("table", _head("", names), *rows), class_="wide"))
+        return section("differences", "What differs", tag("p", "No key of the recipe and no library version."))
+    return section("differences", "What differs", tag("div", tag("table", _head("", names), *rows), class_="wide"))
 
 
 def _value(value: Any) -> str:
@@ -127,7 +127,7 @@ def _ends_part(runs: Sequence[Facts], names: Sequence[str]) -> Html:
         cells = [ask(facts) for facts in runs]
         if any(cell is not None for cell in cells):
             rows.append(tag("tr", tag("th", label), *(tag("td", cell or "–", class_="number start") for cell in cells)))
-    return section("ends", "What they came to", tag("div", tag("table", _head("", names), *rows), class_="wide"))
+    return section("ends", "Results", tag("div", tag("table", _head("", names), *rows), class_="wide"))
 
 
 def _best(entry: Entry | None) -> str | None:

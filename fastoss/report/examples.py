@@ -65,7 +65,7 @@ def _reply(title: str, whose: str, entry: dict[str, Any], reply: dict[str, Any] 
     )
     head = tag("h3", title, " ", tag("small", whose), badge)
     if reply is None:
-        return tag("div", head, tag("p", "Not asked: the run has not come to its end.", class_="muted"), class_="reply")
+        return tag("div", head, tag("p", "Not asked: the run has not finished.", class_="muted"), class_="reply")
     thinking = reply.get("thinking")
     folded = tag("details", tag("summary", f"reasoning, {len(thinking):,} characters"), words(thinking), class_="reasoning") if thinking else None
     content = reply.get("content") or ""

@@ -31,7 +31,7 @@ def data_part(facts: Facts) -> Html | None:
     if profile.get("scripts"):
         right.append(_scripts(profile["scripts"]))
     listed = _dropped(profile) if profile.get("dropped") else None
-    return section("data", "What it was fed", tag("div", tag("div", *left), tag("div", *right), class_="columns"), listed)
+    return section("data", "The data", tag("div", tag("div", *left), tag("div", *right), class_="columns"), listed)
 
 
 def _counts(facts: Facts, data: dict[str, Any]) -> Html:

@@ -147,10 +147,10 @@ def _course_part(facts: Facts) -> Html | None:
         rows.append(tag("tr", tag("td", f"at step {change.get('at_step', '?')}"), tag("td", f"changed: {change.get('what')}", colspan=3)))
     notes = [tag("li", words(said, "span"), f" ({count} times)" if count > 1 else None) for said, count in facts.notes]
     notes += [tag("li", f"{name} is damaged and was left out of this page") for name in facts.damaged]
-    head = tag("tr", *(tag("th", name) for name in ("started", "resumed", "ended", "said at the end")))
+    head = tag("tr", *(tag("th", name) for name in ("started", "resumed", "ended", "last message")))
     table = tag("div", tag("table", head, *rows), class_="wide stack") if rows else None
-    warned = join(tag("h3", "Warnings and notes"), tag("ul", *notes, class_="notes")) if notes else tag("p", "No warnings were said.", class_="muted")
-    return section("course", "The run's course", table, warned)
+    warned = join(tag("h3", "Warnings and notes"), tag("ul", *notes, class_="notes")) if notes else tag("p", "No warnings.", class_="muted")
+    return section("course", "Starts and ends", table, warned)
 
 
 def _time(stamp: str) -> str:
@@ -185,4 +185,4 @@ def _repeat_part(facts: Facts) -> Html:
     if given is not None:
         parts.append(tag("details", tag("summary", "the recipe as it was written"), tag("pre", given)))
     parts.append(tag("details", tag("summary", "every setting, as it was resolved"), tag("pre", recipe_text(facts.recipe))))
-    return section("repeat", "How to do it again", *parts)
+    return section("repeat", "How to repeat it", *parts)

@@ -65,7 +65,7 @@ def how_it_ended(facts: Facts) -> str:
         "failed": f"It failed{reason}.",
         "training": "It is still training.",
         "killed": "It was killed; run the same command again to resume from the last checkpoint.",
-        "unfinished": "It has not come to its end; run the same command again to resume from the last checkpoint.",
+        "unfinished": "It has not finished; run the same command again to resume from the last checkpoint.",
     }
     ending = endings[facts.state]
     if not stops:

@@ -191,7 +191,7 @@ def _claim(output: Path) -> None:
     """Make the folder, or take one that is a benchmark's."""
     try:
         if output.is_dir() and any(output.iterdir()) and not (output / "results").is_dir():
-            raise FastossError("the folder is no benchmark, and not empty", place=str(output), hint="choose another place with --output")
+            raise FastossError("the folder is not a benchmark, and not empty", place=str(output), hint="choose another place with --output")
         (output / "results").mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise FastossError(f"cannot write: {problem.strerror}", place=str(output), hint="choose another place with --output") from None
@@ -227,7 +227,7 @@ def _known(output: Path, contestant: Contestant, repeat: int, inputs: dict[str, 
         changed = [*(key for key in changed if key not in ("recipe", "work")), *(keys or ["recipe"])]
     if changed:
         hint = "remove the folder to start over, or choose another place with --output"
-        raise FastossError(f"the folder holds results of other settings ({', '.join(changed)})", place=str(output), hint=hint)
+        raise FastossError(f"the folder holds results with other settings ({', '.join(changed)})", place=str(output), hint=hint)
     return result
 
 

@@ -88,7 +88,7 @@ def plan_contestants(recipe: Recipe, *, sample: bool, gpus: Sequence[int], basel
         fact = f"at least {_LEAST_STEPS} steps (the first is not counted) and one repeat"
         raise FastossError(fact, place=f"--steps {steps} --repeats {repeats}")
     if baseline is not None and baseline not in BASELINES:
-        raise FastossError(f'"{baseline}" is no baseline', place="--baseline", hint=f"it can be {', '.join(BASELINES)}")
+        raise FastossError(f'"{baseline}" is not a baseline', place="--baseline", hint=f"it can be {', '.join(BASELINES)}")
     gpus = sorted(parse_gpus(",".join(map(str, gpus))))
     for processes in gpus:
         check_gpus(processes, available=torch.cuda.device_count())

@@ -51,7 +51,7 @@ def _papers(run: RunDirectory) -> Iterator[Finding]:
         except FastossError as problem:
             yield Finding(path.name, "broken", problem.fact, "the run cannot be resumed; its adapter may be whole")
     if not run.recipe.is_file():
-        yield Finding(run.recipe.name, "note", "missing: how the recipe was written cannot be seen, what it said stands in recipe.resolved.json")
+        yield Finding(run.recipe.name, "note", "missing: the recipe as it was written; its settings are in recipe.resolved.json")
 
 
 def _metrics(run: RunDirectory) -> Iterator[Finding]:
@@ -69,7 +69,7 @@ def _metrics(run: RunDirectory) -> Iterator[Finding]:
     if failed:
         yield Finding("metrics.jsonl", "broken", f"the run failed: {failed}", "log.txt names the rows")
     elif steps != sorted(set(steps)):
-        yield Finding("metrics.jsonl", "broken", "a step stands there twice", "the run was written by two processes at once")
+        yield Finding("metrics.jsonl", "broken", "a step occurs twice", "the run was written by two processes at once")
     elif torn:
         yield Finding("metrics.jsonl", "note", f"{len(steps):,} steps; {torn} torn lines, which resuming removes")
     else:
@@ -92,7 +92,7 @@ def _checkpoints(run: RunDirectory) -> Iterator[Finding]:
 
 def _adapter(run: RunDirectory) -> Iterator[Finding]:
     if not run.is_finished():
-        yield Finding("adapter", "note", "not there: the run has not come to its end")
+        yield Finding("adapter", "note", "not there: the run has not finished")
         return
     try:
         stamp = read_stamp(run.adapter)

@@ -179,7 +179,7 @@ def _precision(recipe: Recipe, model: ModelPlan) -> str:
 def fit_lines(fit: Fit | None, card: Card) -> list[str]:
     """What would fit, line by line."""
     if fit is None:
-        return [f'nothing that a recipe can say makes it fit on {card.line()}: a larger card, or lora.targets = ["attention"]']
+        return [f'no setting of a recipe makes it fit on {card.line()}: a larger card, or lora.targets = ["attention"]']
     return [f"it would fit ({gib(fit.bytes)}) with", *(f"  {change.line()}" for change in fit.changes)]
 
 
@@ -196,7 +196,7 @@ def check_fits(plan: RunPlan, recipe: Recipe, *, ignore: bool) -> None:
 def write_fit(path: Path, fit: Fit, recipe_path: Path) -> Path:
     """The recipe with the changes in it, as a new file at `path`, comments kept. Raises `FastossError` when there is one."""
     if path.exists():
-        raise FastossError("there is such a file already", place=str(path), hint="move it away: --fit writes over nothing")
+        raise FastossError("the file exists already", place=str(path), hint="move it away: --fit overwrites no file")
     text = recipe_path.read_text(encoding="utf-8")
     for change in fit.changes:
         text = set_value(text, change.key, change.new, place=str(recipe_path))

@@ -80,7 +80,7 @@ def opened(
             return
         console.log_to(run.log)
         for change in accepted:
-            console.say(f"note: changed since the run began, {change.line()}")
+            console.say(f"note: changed since the run was started: {change.line()}")
         write_whole(run.recipe, recipe_path.read_bytes())
         before = read_json(run.manifest) if run.manifest.is_file() else {}
         begun = {
@@ -133,14 +133,14 @@ def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, 
     if other:
         hint = "start over with --no-resume --overwrite, or in another place with --output"
         raise FastossError(
-            f"this is another run than the one begun here: {_lines([*other, *(c for c in changes if c.kind == 'insist')])}",
+            f"this is a different run from the one in this folder: {_lines([*other, *(c for c in changes if c.kind == 'insist')])}",
             place=str(run.root),
             hint=hint,
         )
     insisted = [change for change in changes if change.kind == "insist"]
     if insisted and not override:
         hint = "--override-resume resumes all the same; --no-resume --overwrite starts over; --output names another place"
-        raise FastossError(f"the run was begun otherwise: {_lines(insisted)}", place=str(run.root), hint=hint)
+        raise FastossError(f"the run was started with other settings: {_lines(insisted)}", place=str(run.root), hint=hint)
     return [change for change in changes if change.kind != "free"]
 
 

@@ -30,7 +30,10 @@ from fastoss.training.progress import Console, MetricsFile, rank, world_size
 from fastoss.training.signals import StopRequest
 from fastoss.training.watchdog import Watchdog
 
-BROKEN_HINT = "look at these rows, or start over with a lower train.learning_rate (--no-resume --overwrite); run the same command again to resume from the last checkpoint"
+BROKEN_HINT = (
+    "look at these rows, or start over with a lower train.learning_rate (--no-resume --overwrite); "
+    "run the same command again to resume from the last checkpoint"
+)
 
 
 @dataclass
@@ -336,7 +339,7 @@ class ScheduledTrainer:
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             raise RunFailed(
-                f"{len(broken)} weights are no numbers any more at step {self.state.global_step} ({broken[0]}): not saved", hint=BROKEN_HINT
+                f"{len(broken)} weights became NaN or infinite at step {self.state.global_step} ({broken[0]}): not saved", hint=BROKEN_HINT
             )
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)

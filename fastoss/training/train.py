@@ -72,7 +72,7 @@ def train(
         for line in batch_lines(recipe, layout, units, steps_of(schedule, recipe, world_size()), world_size()):
             console.say(line)
         if world_size() > 1:
-            console.say(f"tokens of each process: {min(shares):,} to {max(shares):,}, in balance to {min(shares) / max(shares):.1%}")
+            console.say(f"tokens per process: {min(shares):,} to {max(shares):,}, balanced to {min(shares) / max(shares):.1%}")
         needs = plan_run(recipe, plan, dataset, layout, units, schedule, ranks=world_size(), card=_card(plan))
         for line in needs.lines() if needs.card else []:
             console.say(line)
@@ -151,7 +151,7 @@ def _train_model(
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
     if rank() == 0 and gpu:
         _note_card(run)
-    watchdog.stage("proving the attention kernels")
+    watchdog.stage("checking the attention kernels")
     console.say(prove_attention(model))
     for note in notes:
         console.say(f"note: {note}")

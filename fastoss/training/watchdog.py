@@ -108,7 +108,7 @@ class Watchdog:
         for number, line in lines.items():
             silent = now - self._seen[number][1]
             if silent > self.timeout:
-                return f"process {number} is frozen or gone: not a sign for {duration(silent)}, last seen {line['text']}"
+                return f"process {number} is frozen or gone: no sign of life for {duration(silent)}, last seen {line['text']}"
         if len(lines) == world_size() and all(line["strict"] for line in lines.values()):
             stuck = {number: now - self._seen[number][3] for number in lines}
             if min(stuck.values()) > self.timeout:

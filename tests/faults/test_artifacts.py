@@ -64,7 +64,7 @@ BROKEN = {
     "no tensors": (lambda a: rewrite(a, lambda t: {}), "it holds no tensors"),
     "lora_B missing": (lambda a: rewrite(a, lambda t: without(t, "lora_B")), "has no counterpart (1 such tensors)"),
     "lora_A missing": (lambda a: rewrite(a, lambda t: without(t, "lora_A")), "has no counterpart (1 such tensors)"),
-    "foreign tensor": (lambda a: rewrite(a, lambda t: t | {"lm_head.weight": torch.ones(2)}), "`lm_head.weight` is no LoRA tensor"),
+    "foreign tensor": (lambda a: rewrite(a, lambda t: t | {"lm_head.weight": torch.ones(2)}), "`lm_head.weight` is not a LoRA tensor"),
     "inert": (
         lambda a: rewrite(a, lambda t: {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in t.items()}),
         "the adapter does nothing: every lora_B is zero",

@@ -120,7 +120,7 @@ def test_signals_kills_and_stalls_of_ranks(fresh: Place, expected):
     begun = time.monotonic()
     os.kill(ranks(fresh)[1], signal.SIGSTOP)
     assert process.wait(120) == 1, told(fresh)
-    assert "process 1 is frozen or gone: not a sign for" in told(fresh), told(fresh)
+    assert "process 1 is frozen or gone: no sign of life for" in told(fresh), told(fresh)
     assert ", last seen in forward and backward of step" in told(fresh) or "last seen" in told(fresh), told(fresh)
     assert time.monotonic() - begun < 30 + 3 * TIMEOUT, "torchrun waits 30 s between its SIGTERM and its SIGKILL"
     check_left(fresh)
@@ -164,4 +164,4 @@ def test_two_machines_train_one_run_and_a_signal_to_one_stops_both(fresh: Place,
     assert losses(fresh.run) == pytest.approx(expected, rel=1e-5)
     manifest = json.loads((fresh.run / "manifest.json").read_text())
     assert manifest["world_size"] == len(manifest["tokens_by_process"]) == 2
-    assert "tokens of each process: " in told(fresh)
+    assert "tokens per process: " in told(fresh)

@@ -33,7 +33,7 @@ def test_free_changes_are_taken_and_the_numbers_stay(place: Place, prepared: Pre
 @pytest.mark.parametrize("change", INSIST)
 def test_other_changes_are_refused_with_what_differs(place: Place, change):
     result = place.again("--set", change)
-    assert (result.code, f"the run was begun otherwise: {INSIST[change]}" in result.err) == (2, True), result.err
+    assert (result.code, f"the run was started with other settings: {INSIST[change]}" in result.err) == (2, True), result.err
     assert "--override-resume resumes all the same" in result.err
     assert len(metrics(place.run)) >= 6
 
@@ -42,7 +42,7 @@ def test_other_changes_are_refused_with_what_differs(place: Place, change):
 def test_another_run_cannot_be_insisted_on(place: Place, change):
     result = place.again("--set", change, "--override-resume")
     assert (result.code, ANOTHER[change] in result.err) == (2, True), result.err
-    assert "this is another run than the one begun here" in result.err
+    assert "this is a different run from the one in this folder" in result.err
 
 
 def test_insisting_goes_on_and_is_written_down(place: Place):
@@ -52,8 +52,8 @@ def test_insisting_goes_on_and_is_written_down(place: Place):
     assert (refused.code, "the data has changed" in refused.err) == (2, True), refused.err
     result = place.again("--set", "train.learning_rate=1e-4", "--set", "train.max_steps=10", "--override-resume")
     assert result.code == 0, result.err
-    assert "note: changed since the run began, train.learning_rate: 0.005 → 0.0001" in result.err
-    assert "note: changed since the run began, the data has changed" in result.err
+    assert "note: changed since the run was started: train.learning_rate: 0.005 → 0.0001" in result.err
+    assert "note: changed since the run was started: the data has changed" in result.err
     assert [entry["step"] for entry in metrics(place.run)] == list(range(1, 11))
     changed = json.loads((place.run / "manifest.json").read_text())["changed"]
     assert {"at_step": 6, "what": "train.max_steps: 8 → 10"} in changed
@@ -82,4 +82,4 @@ def test_another_version_is_refused(place: Place):
 
 def test_both_ways_at_once_are_refused(place: Place):
     result = place.again("--override-resume", "--no-resume")
-    assert (result.code, "not both" in result.err) == (2, True)
+    assert (result.code, "use one of them" in result.err) == (2, True)

@@ -50,7 +50,7 @@ def test_a_process_that_gives_no_sign(dog, clock):
             line(dog, rank, 0 if rank == 2 else second, 3, strict=False)
         verdict = dog._verdict()
         assert (verdict is None) == (second < 11), (second, verdict)
-    assert verdict == "process 2 is frozen or gone: not a sign for 11s, last seen in stage 3"
+    assert verdict == "process 2 is frozen or gone: no sign of life for 11s, last seen in stage 3"
 
 
 def test_a_process_that_keeps_the_others_waiting(dog, clock):
