@@ -35,7 +35,7 @@ def test_from_a_kill_to_a_verified_export(journey, browser, commands):
     # Two processes would make the global batch twice as large; another learning rate is another run's. Nothing is touched by asking.
     kept = {path: path.stat().st_mtime_ns for path in sorted(run.root.rglob("*")) if path.is_file() and path.name != ".lock"}
     doubled = journey.run("fastoss train long.toml --gpus 2", code=2)
-    assert "the run was begun otherwise" in doubled.err
+    assert "the run was started with other settings" in doubled.err
     assert "processes" in doubled.err
     changed = journey.run("fastoss train long.toml --set train.learning_rate=1e-3 --set train.gradient_accumulation_steps=2", code=2)
     for word in ("learning_rate", "0.005", "0.001", "gradient_accumulation_steps", "--override-resume"):
