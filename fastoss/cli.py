@@ -71,7 +71,7 @@ def train(
     resolved = load_recipe(recipe, set or ())
     run = RunDirectory(output or Path("runs") / resolved.name)
     if overwrite and not no_resume:
-        raise FastossError("--overwrite works only with --no-resume", place="fastoss train")
+        raise FastossError("--overwrite works only with --no-resume", place="fastoss train", hint="add --no-resume to start over")
     if override_resume and no_resume:
         raise FastossError("--override-resume resumes, --no-resume starts over: use one of them", place="fastoss train")
     if dry_run:

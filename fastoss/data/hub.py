@@ -356,7 +356,8 @@ def _hf_errors(asked: _Asked) -> Iterator[None]:
         hint = "ask for access on its page, then set HF_TOKEN to a token of that account"
         raise FastossError("the dataset is gated", place=asked.place, hint=hint) from None
     except errors.RevisionNotFoundError:
-        raise FastossError(f"the dataset has no revision `{asked.revision}`", place=asked.place) from None
+        hint = "set revision to a commit, branch or tag of it, or leave it out"
+        raise FastossError(f"the dataset has no revision `{asked.revision}`", place=asked.place, hint=hint) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise FastossError(f"the hub has no dataset {asked.name}", place=asked.place, hint=private) from None
     except errors.LocalEntryNotFoundError as problem:

@@ -170,7 +170,9 @@ def _opened(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(file_lock(folder / ".lock", wait=False))
         except BlockingIOError:
-            raise FastossError("another process is exporting to this folder", place=str(folder)) from None
+            raise FastossError(
+                "another process is exporting to this folder", place=str(folder), hint="wait for it, or choose another --output"
+            ) from None
         for path in folder.iterdir():
             found = _OWN_TEMPORARY.match(path.name)
             if found and path.is_dir() and found["name"] in FORMATS and not _is_running(int(found["pid"])):
@@ -191,7 +193,7 @@ def _is_running(pid: int) -> bool:
 def verify_export(path: Path, against: str, *, base: str | None = None, progress: Progress) -> Verification:
     """Verify an export that lies there. Raises `FastossError` when there is none, or nothing to hold it against."""
     if not path.exists():
-        raise FastossError("there is no such folder", place=str(path))
+        raise FastossError("there is no such folder", place=str(path), hint="name a folder such as runs/<name>/exports/merged")
     format = format_of(path)
     if format == "gguf":
         _check_gguf()

@@ -163,7 +163,7 @@ def _check_place(output: Path) -> None:
     if output.is_dir():
         raise FastossError("this is a folder", place=f"--output {output}", hint="name a file, such as answers.jsonl")
     if not output.parent.is_dir():
-        raise FastossError(f"there is no folder {output.parent}", place=f"--output {output}")
+        raise FastossError(f"there is no folder {output.parent}", place=f"--output {output}", hint="create it first, or name another place")
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def write_recipe(answers: Answers) -> Path:
     purposes = "; ".join(f"{name}: {what}" for name, what in PURPOSES.items())
     method = _method(_answer(answers, "method", f"what it is for ({purposes})", _proposed(look), _method))
     if method == "reasoning" and not look.reasoned:
-        raise FastossError("no row has reasoning that could be learned", place=data, hint="--method sft; docs/data.md says where reasoning stands")
+        raise FastossError("no row has reasoning that could be learned", place=data, hint="--method sft; docs/data.md says where reasoning goes")
     card = _answer(answers, "card", "which card: 24GB, 4090, A100-80, H200, …", _card_here(), _card)
     name = _answer(answers, "name", "a name: the run goes to runs/NAME", _name_of(data), _name)
     output = answers.output or Path(f"{name}.toml")

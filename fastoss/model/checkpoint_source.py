@@ -72,7 +72,7 @@ def _download_config(source: str) -> Path:
         hint = "check the name; for a private model set HF_TOKEN"
         raise FastossError(f"the hub has no model {source}", place=place, hint=hint) from None
     except HFValidationError:
-        raise FastossError("there is no such folder, and it is not a hub id", place=place) from None
+        raise FastossError("there is no such folder, and it is not a hub id", place=place, hint='for example "openai/gpt-oss-20b"') from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
         hint = "check the network (HF_ENDPOINT names another hub), or give a local folder as model.name"
         fact = f"{source} is not in the hub's cache, and the hub cannot be reached ({type(problem).__name__})"

@@ -45,7 +45,7 @@ def chosen_expert_layers(settings: LoraSettings, layers: int, *, tiny: bool) -> 
         return named, None
     if not tiny:
         hint = f"the layers are 0 to {layers - 1}"
-        raise FastossError(f"lora.expert_layers names layer {missing[0]}, the model has {layers}", hint=hint)
+        raise FastossError(f"names layer {missing[0]}, the model has {layers}", place="lora.expert_layers", hint=hint)
     depth = 24 if max(named) < 24 else 36  # gpt-oss-20b or 120b
     mapped = sorted({min(layers - 1, round((layer + 1) * layers / depth) - 1 if layer else 0) for layer in named} - {-1})
     return mapped, f"expert_layers {named} of {depth} layers stand for {mapped} of the tiny model's {layers}"
@@ -130,10 +130,10 @@ def adapter_folder(name: str) -> Path:
         if (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file():
             return folder
     if not path.is_dir():
-        raise FastossError("there is no such run or adapter", place=name)
+        raise FastossError("there is no such run or adapter", place=name, hint="name a run (runs/<name>), or an adapter's folder")
     checkpoint = (path / "checkpoints").is_dir()
     hint = (
-        "the run has not finished: start the same train command again"
+        "the run has not finished: run the same train command again"
         if checkpoint
         else "name a run (runs/<name>), or a folder with adapter_model.safetensors"
     )

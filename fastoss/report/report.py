@@ -27,7 +27,7 @@ def write_comparison(runs: Sequence[RunDirectory], output: Path | None = None) -
     folders = [run.root.resolve() for run in runs]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise FastossError("the same run is named twice", place=str(twice))
+        raise FastossError("the same run is named twice", place=str(twice), hint="name each run once")
     return _write(output or runs[0].root.resolve().parent / "comparison.html", comparison_page([read_facts(run) for run in runs]))
 
 

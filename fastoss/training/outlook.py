@@ -62,7 +62,7 @@ def write_fitting(outlook: Outlook, recipe_path: Path, overrides: list[str]) -> 
         return ["--fit has nothing to change: it fits as it is"]
     if outlook.fit is None:
         assert outlook.plan.card is not None
-        raise FastossError(f"no setting of a recipe makes it fit on {outlook.plan.card.line()}", place=str(recipe_path))
+        raise FastossError(f"no setting of a recipe makes it fit on {outlook.plan.card.line()}", place=str(recipe_path), hint="name a larger --card")
     path = write_fit(recipe_path.with_name(f"{recipe_path.stem}-fit.toml"), outlook.fit, recipe_path)
     try:
         load_recipe(path, overrides)
