@@ -1,4 +1,4 @@
-"""What goes wrong, said once and clearly: every layer raises these, the command line alone prints them."""
+"""Errors, told once and clearly: every layer raises these, only the command line prints them."""
 
 from __future__ import annotations
 

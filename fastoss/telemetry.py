@@ -1,4 +1,4 @@
-"""What libraries would report home about their own use is switched off, before the first of them is imported."""
+"""Usage reports of libraries are switched off, before the first of them is imported."""
 
 from __future__ import annotations
 

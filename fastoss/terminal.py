@@ -104,7 +104,7 @@ class Counting:
 
 @contextlib.contextmanager
 def working(text: str, *, draw: bool = True, tell: Callable[[str], None] = say) -> Iterator[None]:
-    """Show that something long and uncountable goes on: seconds that pass in a terminal, elsewhere a line a minute.
+    """Show that something long and uncountable is still running: the seconds in a terminal, elsewhere a line a minute.
 
     Without `draw` the terminal is left alone: a library draws bars of its own there.
     """

@@ -120,7 +120,7 @@ def _with_lists(row: dict[str, Any], lists: set[str], maybe: set[str], strict: S
 
 
 class _CsvLines:
-    """The lines of a CSV as text. An iterator that goes on after a bad line, which a generator could not."""
+    """The lines of a CSV as text. An iterator that continues after a bad line, which a generator could not."""
 
     def __init__(self, file: io.BufferedReader, path: Path, name: str):
         self.file, self.path, self.name = file, path, name

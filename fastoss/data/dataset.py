@@ -122,7 +122,7 @@ class _Build:
         self.report = DataReport()
         self.writer = StoreWriter(folder)
         self.refusals = Refusals()
-        self.row_keys: list[int] = []  # of each row that was kept: where it goes hangs on this alone
+        self.row_keys: list[int] = []  # of each row that was kept: where it goes depends on this alone
         self.first_train_row = 0
 
     def run(self) -> None:
@@ -219,7 +219,7 @@ class _Build:
     def _held_out_rows(self) -> numpy.ndarray:
         """Which rows are held out: those of `[[eval.data]]`, or those whose hash lies below `eval.fraction`.
 
-        A row's lot hangs on its own content, so rows that are added move none. Rows that say (nearly) the same have the
+        Where a row goes depends on its content alone, so rows that are added move none. Rows that say (nearly) the same have the
         same hash and go the same way, so that no training row stands in eval.
         """
         keys = numpy.array(self.row_keys, numpy.uint64)

@@ -26,7 +26,7 @@ _SPLIT = 16  # more letters than any number's end, word or escape has
 class StrictJson:
     """JSON as the standard says: `NaN` and a key that stands twice are faults, where Python's reader is silent.
 
-    `decode` and `raw_decode` go on past such a fault; `fault` then says what it was. orjson would be five times as fast,
+    `decode` and `raw_decode` continue past such a fault; `fault` then says what it was. orjson would be five times as fast,
     but it too keeps the last of two keys silently and rounds long integers; the reader is not what takes the time.
     """
 

@@ -1,4 +1,4 @@
-"""What becomes of a row: understood, mended, kept, dropped or refused, as `[hygiene]` says. The dataset asks for each row."""
+"""What happens to a row: understood, repaired, kept, dropped or refused, as `[hygiene]` says. The dataset asks for each row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastoss.data.rows import BadRow, Row, spelled
 from fastoss.data.store import part_of
 from fastoss.errors import FastossError
 
-_LISTED = 20  # so many bad rows are named before the reading ends
+_LISTED = 20  # bad rows that are named before the reading ends
 _LOOKED_S = 5.0  # and so long is looked for further ones after the first
 _UNEQUAL = 5  # answers of a pair whose lengths differ by more are counted
 _DROPPED_LISTED = 10_000  # dropped rows that are kept with their beginning, for the page
@@ -121,7 +121,7 @@ class Judge:
         return (row_to_conversation(row, source.format, identity, source.columns),)
 
     def _mended(self, conversation: Conversation, noticed: dict[str, str]) -> Conversation | None:
-        """Without mojibake and empty reasoning, by the recipe's rules; `noticed` takes what is kept or mended, and where."""
+        """Without mojibake and empty reasoning, by the recipe's rules; `noticed` takes what is kept or repaired, and where."""
         found = first_mojibake(conversation)
         if found:
             fact = f"looks like UTF-8 that was read as Latin-1: “{found[0]}” for “{found[1]}”"

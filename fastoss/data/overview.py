@@ -150,7 +150,7 @@ def _few_examples(dataset: Dataset, *, pairs: bool) -> Iterator[dict[str, Any]]:
 
 
 def _scripts(dataset: Dataset) -> dict[str, int]:
-    """Letters by writing system in the answers of at most so many examples, spread over all; the most frequent first."""
+    """Letters by writing system in the answers of a limited number of examples, spread over all; the most frequent first."""
     found: Counter[str] = Counter()
     count = len(dataset.train)
     for number in sorted({i * count // _PROFILE_READ for i in range(_PROFILE_READ)} if count > _PROFILE_READ else range(count)):

@@ -55,7 +55,7 @@ class Schedule:
     fillers: int = 0  # batches at the end that no loss is taken from, so that every rank has as many
 
     def epoch(self, batches_done: int) -> float:
-        """How many epochs so many micro-batches make."""
+        """How many epochs this number of micro-batches makes."""
         start = 0
         for number, end in enumerate(self.epoch_ends):
             if batches_done < end or number == len(self.epoch_ends) - 1:
@@ -127,7 +127,7 @@ def _members(count: int, weights: Sequence[float] | None, epoch: int, seed: int)
 def _balanced(batches: list[list[int]], lengths: Sequence[int], batches_per_step: int, rng: random.Random) -> list[list[int]]:
     """Batches of like cost in the same step, so that no rank waits long for another. The steps stay in random order.
 
-    What a step holds hangs on the batches of a step alone, not on how many ranks share them.
+    What a step holds depends on the batches of a step alone, not on how many ranks share them.
     """
     costs = [sum(lengths[i] + lengths[i] ** 2 * _TOKEN_PER_PAIR for i in members) for members in batches]
     ordered: list[list[int]] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastoss.data.columns import near_column
 
-_SHOWN = 5  # so many places are listed for each reason
+_SHOWN = 5  # places that are listed for each reason
 
 
 @dataclass
@@ -45,7 +45,7 @@ class DataReport:
     longest: int = 0
     sources: dict[str, str] = field(default_factory=dict)  # what was read: of a hub dataset its commit
     drops: dict[str, Tally] = field(default_factory=dict)  # by reason
-    kept: dict[str, Tally] = field(default_factory=dict)  # what was noticed and kept or mended
+    kept: dict[str, Tally] = field(default_factory=dict)  # what was noticed and kept or repaired
     unread: Counter[str] = field(default_factory=Counter)  # columns that no format knows, and in how many rows
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""

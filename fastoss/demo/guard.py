@@ -1,4 +1,4 @@
-"""Everything that reaches the demo passes here first: known routes only, signed-in browsers, one's own conversation, small requests, strict headers.
+"""Everything that reaches the demo passes here first: known routes and signed-in browsers only, small requests, strict headers.
 
 Gradio offers far more routes than a chat needs (files, proxies, uploads, its API, monitoring). What is not named here does not exist.
 """

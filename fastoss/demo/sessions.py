@@ -1,4 +1,4 @@
-"""Whose conversation is whose: one for each page that is open, in memory, at most so many."""
+"""Whose conversation is whose: one for each page that is open, in memory, up to a limit."""
 
 from __future__ import annotations
 

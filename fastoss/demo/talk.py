@@ -127,7 +127,7 @@ class Turn:
 
     @property
     def kept(self) -> Spoken:
-        """The reply from which the conversation goes on: the preferred one, else the tuned one."""
+        """The reply from which the conversation continues: the preferred one, else the tuned one."""
         if self.preferred is not None:
             return self.replies[self.preferred]
         return next((reply for reply in self.replies if reply.tuned), self.replies[0])

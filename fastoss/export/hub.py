@@ -56,7 +56,7 @@ def push(folder: Path, repo: str, progress: Progress, *, private: bool = True) -
         with working(f"uploading {size(total)}", draw=False, tell=progress):  # in a terminal the hub's client draws bars
             api.create_repo(repo, private=private, exist_ok=True)
             if total > _LARGE:
-                # Keeps its place in .cache/huggingface beside the files, so that the same command goes on after a break.
+                # Keeps its place in .cache/huggingface beside the files, so that the same command resumes after a break.
                 api.upload_large_folder(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
             else:
                 api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"fastoss export: {verdict['format']}")

@@ -93,7 +93,7 @@ class Checkpoint:
             raise FastossError("the folder has no *.safetensors", place=str(folder), hint="fastoss reads safetensors only")
         lost = sorted(set(named) - set(self.entries))
         if lost:
-            raise FastossError(f"`{lost[0]}` stands in the index and in no file ({len(lost)} do)", place=str(folder))
+            raise FastossError(f"`{lost[0]}` is in the index and in no file ({len(lost)} do)", place=str(folder))
         odd = [name for name in self.entries if name.endswith("$")]
         if odd:
             hint = "transformers wrote it with save_pretrained after loading MXFP4: its experts are lost when it is loaded; export the run again"

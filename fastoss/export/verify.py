@@ -29,7 +29,7 @@ RESULT = "verification.json"
 FORMATS = ("adapter", "merged", "mxfp4", "gguf")
 # The mean difference in nats that a format may make where the base's own rounding makes less (measured: docs/export.md).
 _FLOORS = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.02, "bf16": 0.02, "f16": 0.02, "q8_0": 0.05, "mxfp4": 0.05}
-_TIMES = 4.0  # an export may be so many times as far from the adapter as the base is from itself, rounded
+_TIMES = 4.0  # how many times as far an export may be from the adapter as the rounded base is from the base
 _LLAMA = 0.02  # llama.cpp computes YaRN's range and some products otherwise than transformers
 _LLAMA_ROWS = 60
 _OFF_GRID = 1.25  # times this, values from MXFP4 lie between its steps

@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint in place of a loaded model: the same questions go to a server, its stream comes back as deltas.
 
 The server renders the prompt, so the promise that prompts are those of training is its own. What of harmony's markup a server lets
-through is flagged, not mended: it cannot be told from an answer that speaks of such things.
+through is flagged, not repaired: it cannot be told from an answer about such things.
 """
 
 from __future__ import annotations

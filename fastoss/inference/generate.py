@@ -88,7 +88,7 @@ def _answer(
     for number, batch in enumerate(batches):
         if number in done:
             continue
-        # A batch's chance hangs on its number alone, so that it falls alike whenever the run is begun again.
+        # A batch's random numbers depend on its number only, so that they are the same whenever the run is started again.
         sampling = replace(how.sampling, seed=((how.sampling.seed or 0) * 1_000_003 + number) % 2**63)
         answers = engine.answers([questions[row] for row, _ in batch], sampling, tuned=how.tuned)
         rows = [_row(asked[row], questions[row], row, sample, answer) for (row, sample), answer in zip(batch, answers, strict=True)]
@@ -143,7 +143,7 @@ def plain_message(message: Message) -> dict[str, Any]:
 
 
 def _settings(model: str, source: Path, asked: Sequence[Asked], how: Batching) -> dict[str, Any]:
-    """Everything that an answer hangs on, for knowing whether a file that lies there is the same work."""
+    """Everything that an answer depends on, to tell whether an existing file is the same work."""
     digest = hashlib.sha256()
     for row in asked:
         digest.update(json.dumps([plain_message(m) for m in row.conversation.messages], ensure_ascii=False).encode() + b"\0")

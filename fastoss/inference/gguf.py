@@ -95,7 +95,7 @@ class GgufEngine:
         return Reply(lambda reply: streamed(reply, self.turns, lambda tell: asking.sample(reply, tell), asking.cut), len(prompt))
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
-        """Several chats at once, in order. Their `seconds` are their own; each has its own chance by its place."""
+        """Several chats at once, in order. Their `seconds` are their own; each has its own seed, by its place."""
         chosen = sampling or Sampling()
 
         def answer(place: int, q: Question) -> Answer:
@@ -159,7 +159,7 @@ def _arguments(sampling: Sampling, context: int) -> dict[str, Any]:
     if sampling.temperature == 0:
         chosen |= {"top_k": 0, "top_p": 1.0}
     if sampling.seed is not None:
-        # Kept keys and values were computed in other batches and differ in the last bit, by which chance falls otherwise.
+        # Kept keys and values were computed in other batches and differ in the last bit, so that sampling would differ.
         chosen |= {"seed": sampling.seed % (2**32 - 1), "cache_prompt": sampling.temperature == 0}
     return chosen
 

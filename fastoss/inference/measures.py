@@ -151,7 +151,7 @@ def sign_test(up: int, down: int) -> float:
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float], of: Callable[[Any], Any] = lambda value: value) -> Interval | None:
-    """`of(sum of sums / sum of counts)`, rows resampled: a mean over tokens whose rows hang together."""
+    """`of(sum of sums / sum of counts)`, rows resampled: a mean over tokens whose rows belong together."""
     rows = numpy.array([[s, c] for s, c in zip(sums, counts, strict=True) if c], dtype=float)
     if not len(rows):
         return None

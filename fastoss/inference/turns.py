@@ -34,7 +34,7 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, given_up: threading.Event | None = None) -> Iterator[bool]:
-        """Wait for the turn, and hold it. Yields False when `given_up` was set meanwhile: then it is not one's turn.
+        """Wait for the turn, and hold it. Yields False when `given_up` was set meanwhile: then the caller does not have the turn.
 
         Raises `Busy` at once when `limit` others wait.
         """

@@ -17,8 +17,8 @@ from fastoss.errors import FastossError
 from fastoss.inference.languages import language_of
 from fastoss.inference.sampling import ReasoningLanguage, asked_language
 
-_ROWS = 1000  # so many rows are looked at; all of them are read when the recipe is planned
-_NAMED = 200  # and so many answers' languages are named, at a millisecond each
+_ROWS = 1000  # rows that are looked at; all of them are read when the recipe is planned
+_NAMED = 200  # answers whose language is detected, at a millisecond each
 
 
 @dataclass

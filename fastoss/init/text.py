@@ -152,7 +152,7 @@ def _dpo() -> list[str]:
         "[dpo]",
         _commented("beta = 0.1", "how strongly it is held to the reference"),
         'loss_type = ["sigmoid"]',
-        _commented('reference = "start"', "the model as the run found it"),
+        _commented('reference = "start"', "the model as the run starts"),
         "",
     ]
 

@@ -1,4 +1,4 @@
-"""`fastoss init`: rows of a person's own → a commented recipe that `fastoss check` accepts. Looks, asks, plans, and writes; needs no torch."""
+"""`fastoss init`: a person's rows → a commented recipe that `fastoss check` accepts. Looks, asks, plans, and writes; needs no torch."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that memory hangs on beside the shape and the micro-batch."""
+    """All that memory depends on besides the shape and the micro-batch."""
 
     backend: str
     precision: str

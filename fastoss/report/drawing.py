@@ -164,7 +164,7 @@ def to_svg(figure: Figure, title: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # Ids hang on the title and the content: equal runs give equal files, pictures of one page do not borrow each other's parts.
+    # Ids depend on the title and the content: equal runs give equal files, pictures of one page do not borrow each other's parts.
     with matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing = buffer.getvalue()

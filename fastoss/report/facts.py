@@ -56,7 +56,7 @@ class Facts:
 
     @cached_property
     def loss_window(self) -> int:
-        """So many last steps make the loss at the end: one step says little."""
+        """How many of the last steps make the loss at the end: one step says little."""
         return max(1, min(10, len(self.steps) // 10))
 
     @property

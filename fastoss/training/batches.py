@@ -45,7 +45,7 @@ def _units(recipe: Recipe, rule: BatchRule, examples: Examples, weights: Sequenc
 
 
 def batch_rule(recipe: Recipe) -> BatchRule:
-    """By tokens, packed; or so many rows a batch, padded, where the recipe says so."""
+    """By tokens, packed; or by rows, padded, where the recipe says so."""
     rows = recipe.train.per_device_train_batch_size
     return BatchRule("packed", tokens=recipe.train.tokens_per_batch) if rows is None else BatchRule("padded", rows=rows)
 

@@ -207,7 +207,7 @@ def _one_at_a_time(output: Path) -> Iterator[None]:
 
 
 def _inputs(contestant: Contestant, sample: bool) -> dict[str, Any]:
-    """Everything that a result hangs on: a run is not run again only where all of it is the same."""
+    """Everything that a result depends on: a run is not run again only where all of it is the same."""
     work, recipe = asdict(contestant.work), resolved_dict(contestant.recipe)
     return {"recipe": recipe, "processes": contestant.processes, "sample": sample, "work": work, "versions": library_versions()}
 

@@ -111,7 +111,7 @@ def plan_contestants(recipe: Recipe, *, sample: bool, gpus: Sequence[int], basel
 
 
 def _shortened(recipe: Recipe, steps: int, accumulation: int) -> Recipe:
-    """The recipe for so many steps, with nothing between them: no evaluation, checkpoint, sample, tracker or push."""
+    """The recipe for this number of steps, with nothing between them: no evaluation, checkpoint, sample, tracker or push."""
     changes = {
         "train": recipe.train.model_copy(update={"max_steps": steps, "gradient_accumulation_steps": accumulation}),
         "eval": recipe.eval.model_copy(update={"every": steps + 1, "after": False}),

@@ -26,7 +26,7 @@ def keep_profile(run: RunDirectory, dataset: Dataset, recipe: Recipe, command: s
 
 @contextmanager
 def ending(run: RunDirectory, console: Console) -> Iterator[None]:
-    """Note whether the block finished, was stopped by a signal or failed, and write the report; the error goes on."""
+    """Note whether the block finished, was stopped by a signal or failed, and write the report; the error is raised again."""
     how, said = "finished", None
     try:
         yield

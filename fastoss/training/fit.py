@@ -47,7 +47,7 @@ def find_fit(recipe: Recipe, model: ModelPlan, card: Card, lengths: list[int], r
     """The changes that make a recipe fit on `card`; None where all of them together do not. `lengths` of its units in tokens.
 
     They are tried in the order of what they cost the trained model, each on top of those before it. What turns out not to be
-    needed, or not that far, is taken back, the dearest first.
+    needed, or not that far, is taken back, the costliest first.
     """
     state, tried = recipe, dict[str, list[list[Change]]]()
     for name, step in _steps(recipe, model, lengths, ranks):

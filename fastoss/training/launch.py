@@ -114,7 +114,7 @@ def _wait_for_end(run: RunDirectory, before: Sequence[Any]) -> str | None:
 
 @contextlib.contextmanager
 def _usr1_handed_on() -> Iterator[set[int]]:
-    """SIGUSR1 goes on to the processes, and the launcher waits for them: torchrun's own way kills them 30 seconds later. Yields what came."""
+    """SIGUSR1 is passed on to the processes, and the launcher waits for them: torchrun's own way kills them 30 seconds later. Yields what came."""
     came: set[int] = set()
 
     def hand_on(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""When a micro-batch does not fit into memory: cut it into smaller ones and train on the very same loss, or say what to change."""
+"""When a micro-batch does not fit into memory: cut it into smaller ones with exactly the same loss, or say what to change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def free_memory() -> None:
 
 
 def out_of_memory(step: int, tokens: int, *, splitting: bool) -> RunFailed:
-    """The error of a run that cannot go on for want of memory. `tokens` are those of the micro-batch, padding included."""
+    """The error of a run that ran out of memory. `tokens` are those of the micro-batch, padding included."""
     if splitting:
         hint = 'a single row does not fit: lower model.max_length, set train.recompute = "full", or take a model.precision of fewer bits'
     else:

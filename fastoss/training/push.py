@@ -16,7 +16,7 @@ def wanted_repo(recipe: Recipe) -> str:
 
 
 def say_before(recipe: Recipe, console: Console) -> None:
-    """Said while it can still be mended: without a token nothing will be pushed."""
+    """Said while it can still be fixed: without a token nothing will be pushed."""
     from huggingface_hub import get_token
 
     if recipe.hub.push and get_token() is None:

@@ -1,4 +1,4 @@
-"""The reference of DPO: how likely each answer was before training. Computed once, kept beside the tokens, found again by what it hangs on."""
+"""The reference of DPO: how likely each answer was before training. Computed once, kept beside the tokens, found again by what it depends on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _pair_logps(model: Any, units: Units, members: Sequence[int], layout: Layout
 
 
 def _key(model: Any, recipe: Recipe, plan: ModelPlan, dataset: Dataset, units: Units, adapter: Path | None) -> str:
-    """A hash of what the values hang on: base, precision, adapter, tokens and which of them, libraries."""
+    """A hash of what the values depend on: base, precision, adapter, tokens and which of them, libraries."""
     weights = file_digest(adapter / "adapter_model.safetensors") if adapter else "off"
     told = [
         _base_identity(model, plan), plan.backend, plan.precision, recipe.lora.model_dump(mode="json") if adapter else None, weights,

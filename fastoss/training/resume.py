@@ -176,7 +176,7 @@ def _kind(key: str) -> Kind:
 
 
 def _family(version: str | None) -> list[str]:
-    """`2.13.1+cpu` → ["2", "13"]: releases that differ in the rest alone only mend."""
+    """`2.13.1+cpu` → ["2", "13"]: releases that differ only in the rest fix bugs only."""
     return (version or "").split("+")[0].split(".")[:2]
 
 

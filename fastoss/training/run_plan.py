@@ -147,7 +147,7 @@ def plan_run(
 
 
 def setting_of(recipe: Recipe, model: ModelPlan, ranks: int) -> Setting:
-    """What of a recipe memory hangs on."""
+    """What memory depends on in a recipe."""
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and model.device == "gpu")
     return Setting(
         backend=model.backend, precision=model.precision, device=model.device, lora=recipe.lora, recompute=recompute,

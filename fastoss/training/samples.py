@@ -89,7 +89,7 @@ class Samples:
     def answer_during(self, model: Any, step: int) -> dict[str, float]:
         """Answer the held-out questions as far as the model has learned: means of the reply measures, as metrics of an evaluation.
 
-        Replies are the likeliest tokens, and the training's chance is put back as it was: no later loss hangs on this. Rank 0 alone asks.
+        Replies are the likeliest tokens, and the random state of training is restored: no later loss depends on this. Only rank 0 asks.
         """
         asked = [question for question in self.questions if question.held_out]
         if not asked or rank() != 0:

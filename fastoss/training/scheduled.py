@@ -328,7 +328,7 @@ class ScheduledTrainer:
             self._optimizer_copy = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # The optimizer's state is most of a checkpoint: copied here, written while the training goes on.
+        # The optimizer's state is most of a checkpoint: copied here, written while training continues.
         if rank() == 0:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
             self._optimizer_copy = _on_cpu(self.optimizer.state_dict())

@@ -1,7 +1,7 @@
 """Experiment trackers: which of those that a recipe names can record here, and how a run's steps get to them, each once.
 
 `metrics.jsonl` is the truth. It hands each line on as it is written; a resumed run first gives a tracker what a kill took from
-it, and leaves out what it holds already. A tracker that fails is left out with a line: the run goes on.
+it, and leaves out what it holds already. A tracker that fails is dropped with a line: the run continues.
 """
 
 from __future__ import annotations
