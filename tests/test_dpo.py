@@ -418,7 +418,7 @@ def test_held_out_pairs_and_resume(pairs):
     assert (broken / "adapter" / "adapter_model.safetensors").read_bytes() == (whole / "adapter" / "adapter_model.safetensors").read_bytes()
     told = sentences(read_facts(RunDirectory(broken)))
     assert told[1] == f"On the way it was interrupted once: killed (and resumed after step {went_on:,}). It ran to its end."
-    assert told[3].startswith("Of the pairs held out it now leans to the chosen answer in ")
+    assert told[3].startswith("It now prefers the chosen answer in ")
     if find_chromium() is not None:
         opens_well(broken / "report.html", told)
 

@@ -117,7 +117,7 @@ def test_what_happened_stands_at_the_top(tmp_path: Path) -> None:
         "On the way it was interrupted twice: killed (and resumed after step 12), then stopped by a signal (and resumed after step 24). "
         "It ran to its end.",
         "The training loss went from 3.2 to 0.539 (mean of the last 4 steps); on rows held out from training from 2.35 (step 5) to 0.789.",
-        "Of 1 training question asked back, the base model answers 0 word for word, the tuned one 1.",
+        "Of 1 training question asked back, 0 got the word-for-word answer before training, 1 after it.",
     ]
 
 
@@ -162,7 +162,7 @@ def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
     bare = RunDirectory(tmp_path / "bare")
     bare.root.mkdir()
     bare.resolved_recipe.write_text("{}")
-    assert "no step was made" in write_report(bare).read_text()
+    assert "no step was completed" in write_report(bare).read_text()
     with pytest.raises(FastossError, match="no run in this folder"):
         write_report(RunDirectory(tmp_path / "none"))
 

@@ -25,7 +25,7 @@ def samples_part(facts: Facts) -> Html | None:
     entries = [_sample(entry) for entry in facts.samples]
     lead = "The same questions, asked before and after training, always taking the likeliest token."
     if facts.recipe.get("model", {}).get("name") == "tiny":
-        lead += " The tiny model starts from random weights: before training it says noise, after it what it has learned by heart."
+        lead += " The tiny model starts from random weights: before training it writes noise, after training what it has learned by heart."
     more = (
         tag("details", tag("summary", f"{len(entries) - _SHOWN} more questions"), *entries[_SHOWN:], class_="more") if len(entries) > _SHOWN else None
     )

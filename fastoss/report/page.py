@@ -89,9 +89,9 @@ def _curves_part(facts: Facts) -> Html | None:
     steps = [step for panel in panels for line in panel.series for step, _ in line.points]
     told = ["Over the steps; the figure at the right of a heading is the last value."]
     if facts.resumed:
-        told.append(f"Dotted upright lines: the run was started again after step {', '.join(f'{step:,}' for step in facts.resumed)}.")
+        told.append(f"Dotted vertical lines: the run was started again after step {', '.join(f'{step:,}' for step in facts.resumed)}.")
     if any("failed" in entry for entry in facts.entries):
-        told.append("The orange upright line: the step that failed.")
+        told.append("The orange vertical line: the step that failed.")
     plots = tag("div", *(figure(panel, marks, (min(steps), max(steps))) for panel in panels), class_="plots")
     return section("curves", "How it learned", tag("p", " ".join(told), class_="muted"), plots)
 
@@ -123,13 +123,13 @@ def _plan_part(facts: Facts) -> Html | None:
 
 
 def bar(share: float, class_: str = "blue") -> Html:
-    """A bar of so much of its room."""
+    """A bar that fills this share of its width."""
     return tag("svg", tag("rect", width=round(100 * share, 2), height=10, rx=2, class_=f"fill {class_}"), viewBox="0 0 100 10", class_="bar",
                preserveAspectRatio="none", aria_hidden="true")  # fmt: skip
 
 
 def _course_part(facts: Facts) -> Html | None:
-    """Starts and ends, and what was warned of."""
+    """Starts and ends, and the warnings."""
     stops = interruptions(facts)
     rows = []
     for number, begun in enumerate(facts.starts, 1):

@@ -30,7 +30,7 @@ def _what(facts: Facts) -> str:
     on = f" on {counted(rows, kind)}" if isinstance(rows, int) else ""
     came = f", starting from {facts.recipe['model']['adapter']}" if facts.recipe.get("model", {}).get("adapter") else ""
     if not facts.steps:
-        return f"{name[0].upper()}{name[1:]} was to learn{on} by {_METHODS[facts.method]} with LoRA{came}; no step was made."
+        return f"{name[0].upper()}{name[1:]} was to learn{on} by {_METHODS[facts.method]} with LoRA{came}; no step was completed."
     last = facts.steps[-1]
     epochs = f", {last['epoch']:.3g} epoch{'' if round(last['epoch'], 2) == 1 else 's'} of the data," if last.get("epoch") else ""
     return (
@@ -81,7 +81,7 @@ def _losses(facts: Facts) -> str:
     found = f"The training loss went from {facts.first_loss:.3g} to {facts.last_loss:.3g}{mean}"
     best = facts.best_evaluation
     if best is None:
-        return found + "; no rows were held out to measure against."
+        return found + "; no rows were held out to compare with."
     first, last = facts.evaluations[0], facts.evaluations[-1]
     if first is last:
         return f"{found}; on rows held out from training it is {last['eval_loss']:.3g}."
@@ -96,7 +96,7 @@ def _preferences(facts: Facts) -> str:
     if facts.method != "dpo" or last is None:
         return ""
     share, margin = last["eval_rewards/accuracies"], last.get("eval_rewards/margins", 0.0)
-    return f"Of the pairs held out it now leans to the chosen answer in {100 * share:.0f} % (mean margin {margin:.3g})."
+    return f"It now prefers the chosen answer in {100 * share:.0f} % of the held-out pairs (mean margin {margin:.3g})."
 
 
 def _word_for_word(facts: Facts) -> str:
@@ -104,7 +104,7 @@ def _word_for_word(facts: Facts) -> str:
     if not known:
         return ""
     before, after = (sum(is_expected(entry, entry[side]) for entry in known) for side in ("before", "after"))
-    return f"Of {counted(len(known), 'training question')} asked back, the base model answers {before} word for word, the tuned one {after}."
+    return f"Of {counted(len(known), 'training question')} asked back, {before} got the word-for-word answer before training, {after} after it."
 
 
 def is_expected(entry: dict[str, Any], reply: dict[str, Any] | None) -> bool:
