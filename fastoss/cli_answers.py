@@ -38,7 +38,7 @@ def chat(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, a GGUF export or file, or http://… of a server.")
     ],
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, and end.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, and exit.")] = None,
     system: System = None,
     effort: WithEffort = None,
     language: Language = None,

@@ -99,7 +99,7 @@ class LoraSettings(_Section):
 
     r: int = Field(8, ge=1, le=1024)
     lora_alpha: float = Field(32, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="only for attention: fused experts know no dropout")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="only for attention: fused experts support no dropout")
     targets: Annotated[tuple[Literal["attention", "experts"], ...], BeforeValidator(_as_tuple)] = Field(
         ("attention", "experts"), min_length=1, description="attention: q, k, v, o; experts: every expert's gate_up and down"
     )

@@ -59,7 +59,7 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
         refuse(("lora", "targets"), "a target is named twice")
     if lora.lora_dropout and "experts" in lora.targets:
         hint = 'set lora_dropout = 0.0, or targets = ["attention"]'
-        refuse(("lora", "lora_dropout"), "LoRA on fused experts knows no dropout", hint)
+        refuse(("lora", "lora_dropout"), "LoRA on fused experts supports no dropout", hint)
     if lora.expert_layers != "all" and "experts" not in lora.targets:
         refuse(("lora", "expert_layers"), '`expert_layers` is given, but "experts" is not among the targets', 'targets = ["attention", "experts"]')
     layers = _layers(recipe.model.name)

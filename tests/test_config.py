@@ -92,7 +92,7 @@ def test_resolved_recipe_comes_back(tmp_path):
             "error: r.toml:8: `tokens_per_batch` and `per_device_train_batch_size` contradict each other",
         ),
         (BASE + "[train]\ntokens_per_batch = 1000\n", (), "error: r.toml:7: a batch of 1,000 tokens cannot hold a row of max_length 4,096"),
-        (BASE + "[lora]\nlora_dropout = 0.1\n", (), "error: r.toml:7: LoRA on fused experts knows no dropout"),
+        (BASE + "[lora]\nlora_dropout = 0.1\n", (), "error: r.toml:7: LoRA on fused experts supports no dropout"),
         (BASE + '[lora]\ntargets = ["attention"]\nexpert_layers = [1]\n', (), "error: r.toml:8: `expert_layers` is given, but"),
         (
             BASE.replace("tiny", "openai/gpt-oss-20b") + "[lora]\nexpert_layers = [7, 24]\n",

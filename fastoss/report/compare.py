@@ -44,7 +44,7 @@ def _sentences(runs: Sequence[Facts], names: Sequence[str]) -> list[str]:
         else "The recipes are the same."
     )
     if len({facts.manifest.get("data", {}).get("fingerprint") for facts in runs}) > 1:
-        told.append("Their data is not the same, so their losses cannot be held against each other directly.")
+        told.append("Their data is not the same, so their losses cannot be compared directly.")
     elif all(facts.evaluations for facts in runs) and len({facts.method for facts in runs}) == 1:
         best = min(range(len(runs)), key=lambda number: runs[number].evaluations[-1]["eval_loss"])
         told.append(f"On the same held-out rows “{names[best]}” ends lowest, with a loss of {runs[best].evaluations[-1]['eval_loss']:.4g}.")

@@ -73,7 +73,7 @@ def kernel_lines() -> Iterator[Found]:
         fix = "a GPU of compute capability 8.0 or more, with Triton" if gpu else None
         yield "attention with sinks", "slow", line, fix
     else:
-        yield "attention with sinks", "ok", f"{line}; held against the reference, output and gradients ({time.perf_counter() - begun:.1f} s)", None
+        yield "attention with sinks", "ok", f"{line}; compared with the reference, output and gradients ({time.perf_counter() - begun:.1f} s)", None
     ids = torch.randint(3, 64, (1, 32), device=device)
     model(input_ids=ids, labels=ids).loss.backward()
     yield "gpt-oss in transformers", "ok", "a step of one small layer, forward and backward", None
