@@ -21,14 +21,14 @@ from fastoss.inference.sampling import Effort, Question, ReasoningLanguage, Samp
 
 HELP = """\
 /effort low|medium|high|as trained   how much it reasons
-/language NAME|off                   the language it is asked to reason in, as /language German
-/system TEXT                         the system text; alone: none
+/language NAME|off                   the language to reason in, such as /language German
+/system TEXT                         the system text; without TEXT: none
 /base, /tuned                        ask the base model, or the tuned one again
 /temperature T                       0 always takes the likeliest token
 /retry                               answer the last question again
 /undo                                forget the last question and its answer
-/new                                 forget all that was said
-/save FILE                           add the conversation to a JSONL file, as a row that can be trained
+/new                                 forget the whole conversation
+/save FILE                           add the conversation to a JSONL file, as a row for training
 /help                                this
 /quit, or Ctrl-D                     end; Ctrl-C stops a reply
 A line that ends with \\ continues on the next one."""

@@ -82,7 +82,7 @@ def recipe_text(settings: Settings, file: str) -> str:
             "",
             _commented("[samples]", "answered before and after training, so that you see what changed"),
             _commented("from_train = 3", "three of the rows"),
-            _commented("prompts = []", "questions of your own"),
+            _commented("prompts = []", "your own questions"),
             "",
             "[log]",
             f"every = {settings.log_every}",
@@ -105,7 +105,7 @@ def _model(settings: Settings) -> list[str]:
         "[model]",
         'name       = "openai/gpt-oss-20b"',
         _commented(f"precision  = {_quoted(settings.precision)}", why),
-        _commented(f"max_length = {settings.max_length}", f"tokens of the longest example{longer}"),
+        _commented(f"max_length = {settings.max_length}", f"longest example, in tokens{longer}"),
         *adapter,
     ]
 
@@ -117,7 +117,7 @@ def _hygiene(settings: Settings) -> list[str]:
 
 
 def _eval(settings: Settings) -> list[str]:
-    why = "share of the rows that is held out" if settings.held_out else "so few rows are all for learning"
+    why = "share of the rows that is held out" if settings.held_out else "with so few rows, all are for training"
     return ["[eval]", _commented(f"fraction = {settings.held_out}", why), _commented(f"every = {settings.eval_every}", "steps")]
 
 
@@ -130,7 +130,7 @@ def _train(settings: Settings) -> list[str]:
         ]
         if settings.method == "dpo"
         else [
-            _commented(f"tokens_per_batch = {settings.tokens_per_batch}", "of a micro-batch: smaller takes less memory"),
+            _commented(f"tokens_per_batch = {settings.tokens_per_batch}", "per micro-batch: a smaller one takes less memory"),
             _commented(
                 f"gradient_accumulation_steps = {settings.accumulation}", f"a step takes {settings.tokens_per_batch * settings.accumulation:,}"
             ),
@@ -138,7 +138,7 @@ def _train(settings: Settings) -> list[str]:
     )
     return [
         "[train]",
-        _commented(f"num_train_epochs = {settings.epochs}", "times that each row is seen"),
+        _commented(f"num_train_epochs = {settings.epochs}", "how often each row is seen"),
         _commented(f"learning_rate = {rate[settings.method][0]}", rate[settings.method][1]),
         *size,
         'lr_scheduler_type = "cosine_with_min_lr"',
