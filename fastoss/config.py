@@ -203,7 +203,9 @@ class DpoSettings(_Section):
     )
     loss_weights: Annotated[tuple[float, ...], BeforeValidator(_as_tuple)] | None = Field(None, description="one for each loss; 1 unless given")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs that may be labelled the wrong way round (robust, exo_pair)")
-    reference: Literal["start", "adapter_off"] = Field("start", description="start: the adapter that the run began from; adapter_off: the base model")
+    reference: Literal["start", "adapter_off"] = Field(
+        "start", description="start: the adapter that the run starts from; adapter_off: the base model"
+    )
     score_on: Annotated[tuple[Literal["analysis", "commentary", "final"], ...], BeforeValidator(_as_tuple)] = Field(
         ("analysis", "commentary", "final"), min_length=1, description="channels whose tokens make an answer's log-probability"
     )

@@ -37,7 +37,7 @@ def first_steps(name: str, run: Path, *more: object) -> Result:
     sources = len(load_recipe(path).data)
     few = [f"data.{number}.max_rows={16 // sources}" for number in range(sources)]
     changes = ("model.name=tiny", "train.max_steps=2", "samples.max_new_tokens=4", "samples.from_train=1", *few)
-    # Two processes with the micro-batches per step shared out would be eight of them, each on an epoch of so few rows: one each is enough.
+    # Two processes with the micro-batches of a step shared out would be eight of them, each on an epoch of so few rows: one each is enough.
     processes = ("--gpus", PROCESSES[name], *sets("train.gradient_accumulation_steps=1")) if name in PROCESSES else ()
     return fastoss("train", path, "--sample", "--output", run, *sets(*changes), *processes, *more, cwd=run.parent, timeout=600)
 

@@ -1,4 +1,4 @@
-"""What a row is worth: is it the same as another, nearly the same, damaged? Formats understand rows, this judges them."""
+"""Is a row the same as another, or nearly, and is its reasoning empty? Formats understand rows, `judge` asks here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked: the loaded run, the runs beside it that could be loaded instead, and what is known of it for people."""
+"""Which model is asked: the loaded run, the runs beside it that could be loaded instead, and what the page says about it."""
 
 from __future__ import annotations
 

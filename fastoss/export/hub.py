@@ -1,4 +1,4 @@
-"""Exports → a hub repository. The folder is finished and verified before the first byte leaves; a push that fails costs nothing."""
+"""Exports → a hub repository. The folder is finished and verified before the first byte leaves; a push that fails does not affect the export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stock libraries as witnesses: does plain PEFT take an adapter, and what does the model then answer?"""
+"""Stock PEFT and transformers as an independent check: do they load an adapter, and what does the model then answer?"""
 
 from __future__ import annotations
 

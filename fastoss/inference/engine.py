@@ -133,7 +133,7 @@ class Engine:
         return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
 
     def put_beside(self, adapter: Path, settings: LoraSettings) -> None:
-        """From now on `tuned=False` asks with this adapter in place of the tuned one, and no more the base: what a run has begun from.
+        """From now on `tuned=False` asks with this adapter, the one that a run started from, and no longer the base.
 
         Raises `FastossError` where it is none of these `settings`.
         """

@@ -1,4 +1,4 @@
-"""Base beside tuned on rows that were not trained: one pass over losses, one over replies. Numbers for people are made in `evaluation_table`."""
+"""Base and tuned compared on held-out rows: one pass over losses, one over replies. `evaluation_table` shows the result to people."""
 
 from __future__ import annotations
 

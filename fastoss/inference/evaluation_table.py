@@ -1,4 +1,4 @@
-"""An evaluation → lines that a person who has never heard of a loss can read."""
+"""An evaluation → a table for people, with a sentence for each measure that needs one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table_notes(result: dict[str, Any]) -> list[str]:
     """How to read the table, in sentences."""
     notes = ["In brackets: where the value would lie in 95 of 100 such samples of rows."]
     if result.get("before") == "start":
-        notes.append('"start" is the adapter that the run began from, and its reference.')
+        notes.append('"start" is the adapter that the run started from, and its reference.')
     if result["compared"]:
         notes.append('"better" and "worse" are said only where chance does not explain the change (paired bootstrap, and a sign test at 5 %).')
     if any(entry["unit"] == "nats" for entry in result["measures"].values()):

@@ -1,4 +1,4 @@
-"""What an adapter says of itself, `fastoss.json` beside its weights: base, format settings, versions, LoRA layout, checksums.
+"""What an adapter says about itself, `fastoss.json` beside its weights: base, format settings, versions, LoRA layout, checksums.
 
 With it a chat renders its prompts exactly as training did, a later version can tell which layout the tensors have, and an adapter
 that is torn, does nothing, or belongs to another base is refused before any model is loaded.

@@ -1,4 +1,4 @@
-"""Facts of a run → sentences: what was trained on what, how it ended, and what came of it, for somebody who has a minute."""
+"""Facts of a run → sentences: what was trained on what, how it ended, and with what result, for a reader with one minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run saves, evaluates, stops and speaks: decided at the end of each step, from the schedule and the recipe alone."""
+"""When a run saves, evaluates, stops and logs: decided at the end of each step, from the schedule and the recipe alone."""
 
 from __future__ import annotations
 

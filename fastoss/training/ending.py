@@ -42,7 +42,7 @@ def ending(run: RunDirectory, console: Console) -> Iterator[None]:
 
 
 def _finish(run: RunDirectory, console: Console, how: str, said: str | None) -> None:
-    """What is told of a run must not cost it: a report that cannot be written is said in one line."""
+    """A report must never cost a run: one that cannot be written is reported in one line."""
     try:
         manifest: dict[str, Any] = read_json(run.manifest)
         end = {"start": len(manifest["started"]), "how": how, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "said": said}

@@ -52,7 +52,7 @@ def _state(recipe: Recipe, run: RunDirectory, facts: dict[str, Any]) -> str:
     if not run.is_finished() and whole is None and list_checkpoints(run):
         return "would be refused, none of its checkpoints is whole"
     if not run.exists() or not (run.is_finished() or whole):
-        return "would begin"
+        return "would start"
     try:
         check_same_run(run, recipe, facts)
     except FastossError as refusal:

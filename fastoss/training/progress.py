@@ -108,7 +108,7 @@ class MetricsFile:
 
 
 def draw_curves(run: RunDirectory, console: Console) -> None:
-    """Draw the run's metrics so far. A picture that cannot be drawn is said, and costs the run nothing."""
+    """Draw the run's metrics so far. A picture that cannot be drawn is reported, and does not affect the run."""
     if rank() != 0:
         return
     try:

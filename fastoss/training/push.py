@@ -1,4 +1,4 @@
-"""`hub.push`: a finished run's adapter, exported, verified and uploaded with its model card. Whatever fails here costs the run nothing."""
+"""`hub.push`: a finished run's adapter, exported, verified and uploaded with its model card. Whatever fails here does not affect the run."""
 
 from __future__ import annotations
 

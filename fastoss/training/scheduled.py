@@ -1,4 +1,4 @@
-"""What every trainer of ours shares: it follows a schedule laid out beforehand, saves whole checkpoints, lets no NaN pass unseen.
+"""What every trainer of ours shares: it follows a schedule laid out beforehand, saves whole checkpoints, lets no NaN pass unnoticed.
 
 TRL's trainers are mixed with `ScheduledTrainer` in sft.py.
 """
