@@ -388,7 +388,7 @@ def _modelscope(asked: _Asked) -> HubData:
         return _modelscope_cached(asked, problem.why)
 
     def fetch(file: str) -> Path:
-        # The cache is named by branch: with size and hash an older file is seen as such, and fetched anew.
+        # The cache is named by branch: with size and hash an older file is seen as such, and fetched again.
         told = {"expected_sha256": listed[file].sha256, "file_size": listed[file].size}
         bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         with _modelscope_errors(asked, hub), bars:

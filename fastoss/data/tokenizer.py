@@ -149,7 +149,7 @@ def _build() -> bytes:
 def _ranks() -> dict[bytes, int]:
     packed = resources.files("fastoss.assets").joinpath("o200k_base.tiktoken.xz").read_bytes()
     plain = lzma.decompress(packed)
-    assert hashlib.sha256(plain).hexdigest() == RANKS_SHA256, "the packed ranks are damaged"
+    assert hashlib.sha256(plain).hexdigest() == RANKS_SHA256, "the shipped tokenizer ranks are damaged"
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in plain.splitlines())}
 
 

@@ -97,7 +97,7 @@ class Models:
                 self._free.notify_all()
 
     def report(self) -> str | None:
-        """The run's report as a page; written anew where a run has none yet."""
+        """The run's report as a page; written where a run has none yet."""
         run = self.about.run
         if run is None:
             return None

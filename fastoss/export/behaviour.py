@@ -71,7 +71,7 @@ class Behaviour:
 
 
 def reference(weights: Weights, questions: Sequence[Question], progress: Progress) -> Distributions:
-    """The tuned model's answers (base and adapter beside each other)."""
+    """The tuned model's answers (base with the adapter applied but not merged)."""
     full = ask(weights, questions, progress)
     best = [values.topk(TOP, dim=-1) for values in full]
     return Distributions([found.indices for found in best], [found.values for found in best])

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 @dataclass
 class FormatCheck:
-    """What a template was held against, and where it first parted from training."""
+    """What a template was compared with, and where it first differed from training."""
 
     name: str
     rows: int = 0

@@ -1,4 +1,4 @@
-"""What an export is made from and held against: a run's adapter, the original base, the prompts and the training rows."""
+"""What an export is made from and compared with: a run's adapter, the original base, the prompts and the training rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Subject:
 
     @cached_property
     def answers(self) -> Distributions:
-        """What the tuned model answers: original base and adapter beside each other, in float32."""
+        """What the tuned model answers: original base with the adapter applied but not merged, in float32."""
         self.progress("asking the adapter …")
         return reference(Adapted(self.base, self.adapter), self.questions, self.progress)
 

@@ -1,4 +1,4 @@
-"""An export is verified or it is not an export: weights accounted for, answers compared, templates held against training."""
+"""An export is verified or it is not an export: weights accounted for, answers compared, templates compared with training."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _download_config(source: str) -> Path:
 
 
 def checkpoint_form(config: dict[str, Any], source: str, precision: str, backend: str) -> str:
-    """How the weights are stored (`mxfp4`, `bitsandbytes` or `float`), held against the precision that is asked for.
+    """How the weights are stored (`mxfp4`, `bitsandbytes` or `float`), compared with the precision that is asked for.
 
     Raises `FastossError` where a library would load another precision than the recipe says, without a word.
     """

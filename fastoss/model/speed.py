@@ -31,7 +31,7 @@ class Speed(Protocol):
 class Work:
     """Documents and how they are trained. `trained` is the share of tokens that carry loss; `micro_batch` in tokens.
 
-    `head_products`: forward and gradient of the hidden states, 2 at least; 3 where logits are computed anew in the backward pass.
+    `head_products`: forward and gradient of the hidden states, 2 at least; 3 where logits are computed again in the backward pass.
     """
 
     lengths: Sequence[int]

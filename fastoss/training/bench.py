@@ -77,7 +77,7 @@ def bench(
 
 
 def _run_all(contestants: list[Contestant], output: Path, facts: dict[str, Any], sample: bool, console: Console) -> None:
-    """One run after the other, in turned order at every second repeat; the report is written anew after each."""
+    """One run after the other, in turned order at every second repeat; the report is written again after each."""
     order = [(c, repeat) for repeat in range(1, facts["repeats"] + 1) for c in (contestants if repeat % 2 else contestants[::-1])]
     inputs = {c.name: _inputs(c, sample) for c in contestants}
     results = [result for c, repeat in order if (result := _known(output, c, repeat, inputs[c.name]))]

@@ -25,7 +25,7 @@ def write_report(output: Path, facts: dict[str, Any], results: Sequence[Result])
 
 
 def summarise(facts: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """Medians and spreads over repeats; ratios are taken within a repeat, whose runs stood beside each other."""
+    """Medians and spreads over repeats; ratios are taken within a repeat, whose runs were next to each other in time."""
     warm_up = facts["warm_up"]
     by_name: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: (r["kind"] != "fastoss", r["processes"], r["repeat"])):

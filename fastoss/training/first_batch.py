@@ -1,4 +1,4 @@
-"""The first batch, as the trainer gets it, held against a fresh rendering: what was shown is what is trained, or nothing is. SFT and DPO use it."""
+"""The first batch, as the trainer gets it, compared with a fresh rendering: what was shown is what is trained, or nothing is. SFT and DPO use it."""
 
 from __future__ import annotations
 

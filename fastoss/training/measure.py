@@ -38,7 +38,7 @@ class MemoryMeter:
 
 
 def _forget_peak() -> None:
-    """Let the kernel count this process's peak anew (proc(5), clear_refs). Where it does not, an earlier peak may stand for the run's."""
+    """Reset the kernel's count of this process's peak (proc(5), clear_refs). Where it does not, an earlier peak may stand for the run's."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

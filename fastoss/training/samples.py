@@ -107,7 +107,7 @@ class Samples:
         return {f"eval_{name}": fmean(values) for name, values in found.items()}
 
     def answer_after(self, model: Any, plan: ModelPlan) -> None:
-        """Answer with the tuned model, print both beside each other, and count the answers given word for word."""
+        """Answer with the tuned model, print both side by side, and count the answers given word for word."""
         if not self.questions:
             return
         with working("asking the tuned model"):
