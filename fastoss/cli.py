@@ -263,14 +263,14 @@ def push(
     format: Annotated[list[str] | None, typer.Option("--format", metavar="NAME", help="Only these formats.")] = None,
     log_json: LogJson = False,
 ) -> None:
-    """Upload exports to the hub; what is there already is not sent again."""
+    """Upload exports to the hub; unchanged files are not sent again."""
     from fastoss.export.export import push_run
 
     for address in push_run(run, format or (), repo, progress=_progress):
         typer.echo(address)
 
 
-adapter_app = typer.Typer(help="Look at LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
+adapter_app = typer.Typer(help="Inspect LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(adapter_app, name="adapter")
 
 
@@ -285,7 +285,7 @@ def adapter_check(
     convert: Annotated[Path | None, typer.Option("--convert", metavar="DIR", help="Convert it to the current layout, into this folder.")] = None,
     layout: Annotated[str | None, typer.Option("--layout", metavar="NAME", help="Its layout, if it cannot be detected: peft or grouped.")] = None,
 ) -> None:
-    """Show which layout an adapter's expert LoRA has, and convert older ones."""
+    """Show the layout of an adapter's expert LoRA, or convert it."""
     from fastoss.export.adapter_layouts import check_adapter
 
     for line in check_adapter(path, layout, convert):
@@ -305,7 +305,7 @@ def bench(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run; run nothing.")] = False,
     log_json: LogJson = False,
 ) -> None:
-    """Measure how fast a recipe trains, on several processes and beside a baseline."""
+    """Measure training speed by processes, and against a baseline."""
     from fastoss.config import load_recipe
     from fastoss.training.bench import bench as measure
 
@@ -331,7 +331,10 @@ def slurm(
     partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="The partition to queue in.")] = None,
     venv: Annotated[Path | None, typer.Option("--venv", metavar="PATH", help="A virtual environment to activate first.")] = None,
 ) -> None:
-    """Print a batch script for SLURM that saves ahead of the time limit and queues itself again."""
+    """Print a SLURM script that saves in time and requeues itself.
+
+    It saves ahead of the time limit; the requeued job resumes the run.
+    """
     from fastoss.config import load_recipe
     from fastoss.training.slurm import combinations, sbatch_script
 
@@ -370,7 +373,7 @@ def doctor(
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when something is broken.")] = False,
 ) -> None:
-    """Check what this machine has and lacks, or whether a run is intact."""
+    """Check what this machine can do, or whether a run is intact."""
     if run is None:
         from fastoss.training.machine import report
 

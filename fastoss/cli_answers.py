@@ -83,7 +83,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
     log_json: LogJson = False,
 ) -> None:
-    """Answer a file of questions; the same command again resumes where it stopped."""
+    """Answer a file of questions; the same command again resumes."""
     from fastoss.inference.generate import Batching
     from fastoss.inference.generate import generate as answer
 
@@ -103,7 +103,7 @@ def evaluate(
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     log_json: LogJson = False,
 ) -> None:
-    """Compare the tuned model with its base on rows that it was not trained on.
+    """Compare the tuned model with its base on held-out rows.
 
     Prints a table, writes evaluation.json and evaluation.jsonl (every question with both replies), and puts the table into the run's report.
     """
@@ -127,9 +127,9 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter, a model's name or folder, or a GGUF export or file.")],
     port: Annotated[int, typer.Option("--port", metavar="N", min=1, max=65535)] = 8000,
 ) -> None:
-    """Serve an OpenAI-compatible endpoint, on this machine only (127.0.0.1).
+    """Serve an OpenAI-compatible endpoint on 127.0.0.1.
 
-    A run answers under its own name, its base model as NAME-base.
+    Only this machine can ask. A run answers under its own name, its base model as NAME-base.
     """
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
         raise FastossError("the server is not installed", place="fastoss serve", hint="pip install 'fastoss[serve]'")
