@@ -311,7 +311,7 @@ FILES = [
     whole("torn zstd", "data.jsonl.zst", ZSTD[:-5], "", "cannot be read: Truncated compressed stream", DAMAGED),
     # CSV
     whole("cells too many between semicolons", "data.csv", b"instruction;output\nhi;ho\nhi;ho;ha\n", ":3",
-          "the row has more cells than the header (3, 2)", "a text with `;` stands between double quotes"),
+          "the row has more cells than the header (3, 2)", "put a text with `;` between double quotes"),
     whole("cells too many", "data.csv", b"instruction,output\nhi,ho\nhi,ho,ha\n", ":3", "the row has more cells than the header (3, 2)",
           "put a text with commas between double quotes"),
     whole("cells too few", "data.csv", b"instruction,output\nhi,ho\nhi\n", ":3", "the row has fewer cells than the header (1, 2)",
