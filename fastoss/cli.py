@@ -147,7 +147,7 @@ def check(
         return
     for line in [*overview_lines(dataset, resolved), *outlook.lines(), *fitted, *(compared.lines() if compared else [])]:
         typer.echo(line)
-    typer.echo(f"{recipe} is fine" if outlook.plan.fits else f"{recipe} is fine, but for memory")
+    typer.echo(f"{recipe} is fine" if outlook.plan.fits else f"{recipe} is fine, except for memory")
 
 
 def _progress(line: str) -> None:

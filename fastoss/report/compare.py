@@ -118,7 +118,7 @@ def _ends_part(runs: Sequence[Facts], names: Sequence[str]) -> Html:
         ("token accuracy", last("mean_token_accuracy")),
         ("training time", lambda facts: duration(facts.seconds) if facts.steps else None),
         ("tokens a second (median)", lambda facts: f"{facts.speed:,.0f}" if facts.speed else None),
-        ("memory at the peak", lambda facts: size(facts.memory_peak) if facts.memory_peak else None),
+        ("peak memory", lambda facts: size(facts.memory_peak) if facts.memory_peak else None),
         ("fill of the batches", lambda facts: f"{100 * facts.fill:.1f} %" if facts.fill is not None else None),
         ("machine", lambda facts: facts.manifest.get("gpu") or "CPU"),
     ]

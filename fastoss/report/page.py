@@ -67,7 +67,7 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.speed:
         yield f"{facts.speed:,.0f}", "tokens a second (median)"
     if facts.memory_peak:
-        yield size(facts.memory_peak), "memory at the peak"
+        yield size(facts.memory_peak), "peak memory"
 
 
 def _evaluation_part(facts: Facts) -> Html | None:
@@ -103,7 +103,7 @@ def _plan_part(facts: Facts) -> Html | None:
         return None
     measured = plan.get("measured") or {}
     rows = [tag("tr", tag("th", ""), *(tag("th", name, class_="number") for name in ("planned", "measured", "difference")))]
-    for key, label, show in (("peak_bytes", "memory at the peak", size), ("disk_bytes", "disk", size), ("seconds", "time", duration)):
+    for key, label, show in (("peak_bytes", "peak memory", size), ("disk_bytes", "disk", size), ("seconds", "time", duration)):
         expected, found = plan.get(key), measured.get(key)
         if expected is None and found is None:
             continue

@@ -89,7 +89,7 @@ def _disk() -> Iterator[Line]:
             yield Line(name, "broken", f"{folder} cannot be written", "set FASTOSS_CACHE to another folder" if "cache" in name else None)
         else:
             little = free < _DISK
-            fix = f"a merged export of gpt-oss-20b takes {_DISK / 1e9:.0f} GB: make room before you export" if little else None
+            fix = f"a run of gpt-oss-20b with its merged export takes {_DISK / 1e9:.0f} GB: make room before you export" if little else None
             yield Line(name, "slow" if little else "ok", f"{free / 1e9:.0f} GB free", fix)
 
 

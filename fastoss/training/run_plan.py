@@ -88,10 +88,10 @@ class RunPlan:
 
     def lines(self, price: float | None = None) -> list[str]:
         """For people; GiB, as cards are sold."""
-        where = self.card.line() if self.card else "the processor"
-        each = f", on each of {self.ranks}" if self.ranks > 1 else ""
+        where = self.card.line() if self.card else "the CPU"
+        each = f", each of {self.ranks}" if self.ranks > 1 else ""
         batch = f"a micro-batch of {self.batch_tokens:,} tokens"
-        lines = [f"memory at the peak, {where}{each}: {gib(self.memory.card_bytes)} for {batch} ({self.source})"]
+        lines = [f"peak memory on {where}{each}: {gib(self.memory.card_bytes)} for {batch} ({self.source})"]
         parts = self.memory.components | ({"CUDA and its libraries": self.memory.beside} if self.memory.beside else {})
         small = [name for name, size in parts.items() if size < self.memory.card_bytes / 100]
         if len(small) > 1:
@@ -137,7 +137,7 @@ def plan_run(
         card=card, ranks=ranks, memory=plan_memory(shape, setting, batch, found), least=0, batch_tokens=batch.tokens,
         trained=trained,
         disk=_disk(recipe, trained, steps), later=_exports(shape, trained), tokens=tokens, steps=steps, seconds=None,
-        source=found.note() if model.device == "gpu" else "a processor's, in float32",
+        source=found.note() if model.device == "gpu" else "in float32",
     )  # fmt: skip
     # With on_oom = "split" a micro-batch may be cut down to its longest document.
     smallest = MicroBatch([max(batch.documents)]) if recipe.train.on_oom == "split" else batch
