@@ -24,7 +24,8 @@ def samples_part(facts: Facts) -> Html | None:
         return None
     entries = [_sample(entry) for entry in facts.samples]
     lead = "The same questions, asked before and after training, always taking the likeliest token."
-    if facts.recipe.get("model", {}).get("name") == "tiny":
+    model = facts.recipe.get("model", {})
+    if model.get("name") == "tiny" and not model.get("adapter"):
         lead += " The tiny model starts from random weights: before training it writes noise, after training what it has learned by heart."
     more = (
         tag("details", tag("summary", f"{len(entries) - _SHOWN} more questions"), *entries[_SHOWN:], class_="more") if len(entries) > _SHOWN else None

@@ -12,6 +12,7 @@ from typing import Any
 from fastoss.config import Recipe
 from fastoss.data.dataset import Dataset
 from fastoss.data.packing import Layout, Schedule
+from fastoss.data.report import counted
 from fastoss.data.units import Units
 from fastoss.model.backend import ModelPlan
 from fastoss.model.cards import Card
@@ -101,7 +102,7 @@ class RunPlan:
         disk = " · ".join(f"{name} {gb(size)}" for name, size in self.disk.items())
         later = " · ".join(f"{name} {gb(size)}" for name, size in self.later.items())
         lines.append(f"disk: {disk}; if exported: {later}")
-        lines.append(f"{self.tokens:,} tokens in {self.steps:,} steps{self._time(price)}")
+        lines.append(f"{self.tokens:,} tokens in {counted(self.steps, "step")}{self._time(price)}")
         return [*lines, *self.verdict()]
 
     def _time(self, price: float | None) -> str:
