@@ -102,7 +102,7 @@ class RunPlan:
         disk = " · ".join(f"{name} {gb(size)}" for name, size in self.disk.items())
         later = " · ".join(f"{name} {gb(size)}" for name, size in self.later.items())
         lines.append(f"disk: {disk}; if exported: {later}")
-        lines.append(f"{self.tokens:,} tokens in {counted(self.steps, "step")}{self._time(price)}")
+        lines.append(f"{self.tokens:,} tokens in {counted(self.steps, 'step')}{self._time(price)}")
         return [*lines, *self.verdict()]
 
     def _time(self, price: float | None) -> str:
