@@ -125,7 +125,7 @@ def _known_keys(model: type[BaseModel], parents: Key) -> list[str]:
 
 def _other_recipes(path: Path) -> str | None:
     folder = path.parent if path.parent.is_dir() else Path("recipes")
-    names = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
+    names = sorted(p.name for p in folder.glob("*.toml") if p.name != "pyproject.toml") if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {folder / close[0]}?"
