@@ -241,6 +241,19 @@ class RunDirectory:
             yield
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, empty ones left out; a tear of a kill may stand in the last.
+
+    A line feed alone ends a line: `str.splitlines` would also cut at U+2028 or U+0085, which JSON leaves as they are within a text.
+    """
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a JSONL file that appeared whole. `ValueError` where a line is torn."""
+    return [json.loads(line) for line in read_lines(path)]
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of ours. `FastossError` with the place when it is missing or damaged."""
     try:

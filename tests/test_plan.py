@@ -7,16 +7,21 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 
-from fastoss.config import LoraSettings, load_recipe
+from fastoss.config import DataSource, Hygiene, LoraSettings, Recipe, TrainSettings, load_recipe
+from fastoss.data.units import Units
 from fastoss.errors import FastossError
-from fastoss.model.cards import GIB, card_for, parse_card
+from fastoss.model.backend import ModelPlan
+from fastoss.model.cards import GIB, card_called, card_for, parse_card
 from fastoss.model.plan import CPU_HEAD_ROWS, EAGER_ROWS, GPU_HEAD_ROWS, MicroBatch, Setting, cpu_layer_bytes, plan_memory
 from fastoss.model.plan_constants import Constants
 from fastoss.model.shape import GPT_OSS_20B, GPT_OSS_120B, TINY, shape_from_config
 from fastoss.recipe_edit import set_value
+from fastoss.training.fit import Change, Fit, find_fit, write_fit
 
 from .commands import ROOT
 from .conftest import RecipeFolder, fastoss
@@ -147,6 +152,17 @@ def test_a_card_is_found_by_what_its_driver_says(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("name", "mebibytes", "tera_flops"),
+    [
+        ("NVIDIA RTX 6000 Ada Generation", 49140, 364), ("NVIDIA RTX A6000", 49140, 155), ("NVIDIA H100 NVL", 95830, 835),
+        ("NVIDIA H100 80GB HBM3", 81559, 989), ("Tesla V100-SXM2-32GB", 32768, 125), ("NVIDIA GeForce RTX 4080", 16376, 0), ("Quadro RTX 6000", 24576, 0),
+    ],
+)  # fmt: skip
+def test_only_a_card_of_that_name_lends_its_speed(name: str, mebibytes: int, tera_flops: int):
+    assert card_called(name, mebibytes).flops == tera_flops * 1e12
+
+
+@pytest.mark.parametrize(
     ("text", "key", "value"),
     [
         ("[train]\nlearning_rate = 1e-4 # why\n", "train.learning_rate", 2),
@@ -210,6 +226,39 @@ def test_fit_writes_a_new_recipe_that_fits(folder: RecipeFolder):
     assert (nothing.code, "no setting of a recipe makes it fit" in nothing.err) == (2, True)
     unknown = fastoss("check", folder.recipe, "--card", "H9000")
     assert (unknown.code, "not a card that is known here" in unknown.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "examples", "units", "changes"),
+    [
+        ("dpo", {"per_device_train_batch_size": 8}, [3000, 1500] * 20, [6000] * 20, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
+        ("dpo", {"per_device_train_batch_size": 5}, [3000, 1500] * 20, [6000] * 20, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}),
+        ("dpo", {"tokens_per_batch": 16384}, [3500, 3000] * 20, [6000] * 20, {"tokens_per_batch": 8192, "gradient_accumulation_steps": 2}),
+        ("sft", {"tokens_per_batch": 16384}, [3000] * 40, [12_000] * 10, {"tokens_per_batch": 8192, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_what_would_fit_counts_pairs_and_trees_by_their_longest_example(method: str, batch: dict, examples: list, units: list, changes: dict):
+    """Both are longer than max_length, and are trained all the same: a smaller batch is what helps."""
+    recipe = Recipe(name="x", method=method, data=(DataSource(source="x"),), train=TrainSettings(**batch), dpo=None)
+    laid_out = Units(SimpleNamespace(lengths=examples), numpy.arange(len(units) + 1), units, [1.0] * len(units))
+    fit = find_fit(recipe, ModelPlan("unsloth", None, "4bit", "gpu"), parse_card("24GB"), laid_out, 1)
+    assert {change.key: change.new for change in fit.changes} == {f"train.{key}": value for key, value in changes.items()}
+    assert 12 * GIB < fit.bytes <= 24 * GIB
+
+
+def test_rows_are_shortened_for_a_card_only_where_the_recipe_lets_rows_go():
+    model, laid_out = ModelPlan("unsloth", None, "4bit", "gpu"), Units(SimpleNamespace(lengths=[4000] * 9 + [900]), numpy.arange(11), [1] * 10, [1.0] * 10)
+    small, data = parse_card("15.5GB"), (DataSource(source="x"),)
+    for policy, fits in (("drop", True), ("error", False)):
+        recipe = Recipe(name="x", data=data, train=TrainSettings(tokens_per_batch=4096), hygiene=Hygiene(over_length=policy))
+        fit = find_fit(recipe, model, small, laid_out, 1)
+        assert any(change.key == "model.max_length" for change in fit.changes) is fits if fit else not fits
+
+
+def test_a_recipe_with_a_byte_order_mark_can_be_made_to_fit(tmp_path: Path):
+    (tmp_path / "r.toml").write_text('\ufeffname = "x"\n[train]\ntokens_per_batch = 16384 # so\n', encoding="utf-8")
+    written = write_fit(tmp_path / "r-fit.toml", Fit([Change("train.tokens_per_batch", 16384, 8192, "")], 1), tmp_path / "r.toml")
+    assert written.read_text() == 'name = "x"\n[train]\ntokens_per_batch = 8192 # so\n'
 
 
 def test_what_cannot_fit_is_refused_before_the_model_is_loaded():
