@@ -155,7 +155,8 @@ def test_a_card_is_found_by_what_its_driver_says(tmp_path: Path, monkeypatch: py
     ("name", "mebibytes", "tera_flops"),
     [
         ("NVIDIA RTX 6000 Ada Generation", 49140, 364), ("NVIDIA RTX A6000", 49140, 155), ("NVIDIA H100 NVL", 95830, 835),
-        ("NVIDIA H100 80GB HBM3", 81559, 989), ("Tesla V100-SXM2-32GB", 32768, 125), ("NVIDIA GeForce RTX 4080", 16376, 0), ("Quadro RTX 6000", 24576, 0),
+        ("NVIDIA H100 80GB HBM3", 81559, 989), ("Tesla V100-SXM2-32GB", 32768, 125),
+        ("NVIDIA GeForce RTX 4080", 16376, 0), ("Quadro RTX 6000", 24576, 0),
     ],
 )  # fmt: skip
 def test_only_a_card_of_that_name_lends_its_speed(name: str, mebibytes: int, tera_flops: int):
@@ -231,8 +232,20 @@ def test_fit_writes_a_new_recipe_that_fits(folder: RecipeFolder):
 @pytest.mark.parametrize(
     ("method", "batch", "examples", "units", "changes"),
     [
-        ("dpo", {"per_device_train_batch_size": 8}, [3000, 1500] * 20, [6000] * 20, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
-        ("dpo", {"per_device_train_batch_size": 5}, [3000, 1500] * 20, [6000] * 20, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}),
+        (
+            "dpo",
+            {"per_device_train_batch_size": 8},
+            [3000, 1500] * 20,
+            [6000] * 20,
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        ),
+        (
+            "dpo",
+            {"per_device_train_batch_size": 5},
+            [3000, 1500] * 20,
+            [6000] * 20,
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5},
+        ),
         ("dpo", {"tokens_per_batch": 16384}, [3500, 3000] * 20, [6000] * 20, {"tokens_per_batch": 8192, "gradient_accumulation_steps": 2}),
         ("sft", {"tokens_per_batch": 16384}, [3000] * 40, [12_000] * 10, {"tokens_per_batch": 8192, "gradient_accumulation_steps": 2}),
     ],
@@ -247,7 +260,10 @@ def test_what_would_fit_counts_pairs_and_trees_by_their_longest_example(method: 
 
 
 def test_rows_are_shortened_for_a_card_only_where_the_recipe_lets_rows_go():
-    model, laid_out = ModelPlan("unsloth", None, "4bit", "gpu"), Units(SimpleNamespace(lengths=[4000] * 9 + [900]), numpy.arange(11), [1] * 10, [1.0] * 10)
+    model, laid_out = (
+        ModelPlan("unsloth", None, "4bit", "gpu"),
+        Units(SimpleNamespace(lengths=[4000] * 9 + [900]), numpy.arange(11), [1] * 10, [1.0] * 10),
+    )
     small, data = parse_card("15.5GB"), (DataSource(source="x"),)
     for policy, fits in (("drop", True), ("error", False)):
         recipe = Recipe(name="x", data=data, train=TrainSettings(tokens_per_batch=4096), hygiene=Hygiene(over_length=policy))

@@ -9,7 +9,7 @@ from fastoss.errors import FastossError, RunFailed
 from fastoss.export.merge import Progress
 from fastoss.export.verify import RESULT
 from fastoss.run import read_json
-from fastoss.terminal import size, working
+from fastoss.terminal import disk_size, working
 
 _LARGE = 5_000_000_000
 
@@ -53,7 +53,7 @@ def push(folder: Path, repo: str, progress: Progress, *, private: bool = True) -
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     progress(f"uploading {folder.name} to {repo} …")
     try:
-        with working(f"uploading {size(total)}", draw=False, tell=progress):  # in a terminal the hub's client draws bars
+        with working(f"uploading {disk_size(total)}", draw=False, tell=progress):  # in a terminal the hub's client draws bars
             api.create_repo(repo, private=private, exist_ok=True)
             if total > _LARGE:
                 # Keeps its place in .cache/huggingface beside the files, so that the same command resumes after a break.

@@ -16,7 +16,7 @@ from fastoss.report.feed import data_part
 from fastoss.report.html import Html, join, page, tag
 from fastoss.report.plot import figure
 from fastoss.report.story import interruptions, model_name, sentences
-from fastoss.terminal import duration, size
+from fastoss.terminal import disk_size, duration, size
 
 _BADGES = {"finished": "good", "failed": "bad", "killed": "bad", "stopped": "warn", "unfinished": "warn", "training": "warn"}
 
@@ -103,7 +103,7 @@ def _plan_part(facts: Facts) -> Html | None:
         return None
     measured = plan.get("measured") or {}
     rows = [tag("tr", tag("th", ""), *(tag("th", name, class_="number") for name in ("planned", "measured", "difference")))]
-    for key, label, show in (("peak_bytes", "peak memory", size), ("disk_bytes", "disk", size), ("seconds", "time", duration)):
+    for key, label, show in (("peak_bytes", "peak memory", size), ("disk_bytes", "disk", disk_size), ("seconds", "time", duration)):
         expected, found = plan.get(key), measured.get(key)
         if expected is None and found is None:
             continue

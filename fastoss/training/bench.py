@@ -6,7 +6,6 @@ Every run leaves one JSON in `results/`; `bench_report.py` makes of them the tab
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
