@@ -74,14 +74,17 @@ def train(
         raise FastossError("--overwrite works only with --no-resume", place="fastoss train", hint="add --no-resume to start over")
     if override_resume and no_resume:
         raise FastossError("--override-resume resumes, --no-resume starts over: use one of them", place="fastoss train")
+    processes = 1 if gpus is None else gpus
+    if processes < 1:
+        raise FastossError("nothing is trained in no process", place=f"--gpus {gpus}", hint="ask for 1 or more")
     if dry_run:
         from fastoss.training.plan import dry_run_lines
 
-        for line in dry_run_lines(resolved, run, sample=sample, gpus=(gpus or 1) * nodes):
+        for line in dry_run_lines(resolved, run, sample=sample, gpus=processes * nodes):
             typer.echo(line)
         return
     if (gpus is not None or nodes > 1 or rendezvous) and "RANK" not in os.environ:
-        _train_in_processes(resolved, run, gpus or 1, sample, ignore_plan, nodes, rendezvous)
+        _train_in_processes(resolved, run, processes, sample, ignore_plan, nodes, rendezvous)
         return
     if gpus is not None and gpus * nodes != int(os.environ.get("WORLD_SIZE", "1")):
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")

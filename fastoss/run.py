@@ -214,9 +214,10 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else, so that it starts over."""
-        for path in (*self._folders(), *self.root.glob(".*.tmp"), *self.root.glob(".*.old")):
+        torn = [*self.root.glob(".*.tmp"), *self.root.glob(".*.old")]  # what a kill left of a file or folder
+        for path in (*self._folders(), *(path for path in torn if path.is_dir())):
             shutil.rmtree(path, ignore_errors=True)
-        for path in self._files():
+        for path in (*(path for path in torn if not path.is_dir()), *self._files()):
             path.unlink(missing_ok=True)
 
     def _folders(self) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import tomllib
@@ -334,6 +335,25 @@ def test_the_doctor_of_a_machine():
     assert lines["hub"]["told"].startswith("HF_HUB_OFFLINE is set")
     assert {"Python", "GPU", "trl", "peft", "bitsandbytes", "Unsloth", "disk here", "gloo between two processes"} <= set(lines)
     assert all(line["fix"] for line in lines.values() if line["state"] == "broken")
+
+
+def test_the_doctor_reaches_the_hub_as_its_client_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a proxy is set, that is what must answer; its password is not shown."""
+    from fastoss.training.machine import _disk, _hub
+
+    for name in ("HF_HUB_OFFLINE", "NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:secret@127.0.0.1:{proxy.getsockname()[1]}")
+        line = next(_hub())
+    assert (line.state, line.told.startswith("https://hub.invalid through the proxy that is set answers")) == ("ok", True)
+    assert "secret" not in line.line()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTOSS_CACHE", str(tmp_path / "file" / "cache"))
+    assert next(line.state for line in _disk()) == "broken", "one line, and the others after it"
 
 
 def test_a_library_that_breaks_breaks_a_line_and_not_the_doctor(tmp_path: Path):

@@ -56,7 +56,8 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.first_loss is not None and facts.last_loss is not None:
         yield f"{facts.first_loss:.3g} → {facts.last_loss:.3g}", "training loss"
     if facts.evaluations:
-        yield f"{facts.evaluations[0]['eval_loss']:.3g} → {facts.evaluations[-1]['eval_loss']:.3g}", "held-out loss"
+        losses = [entry["eval_loss"] for entry in facts.evaluations]
+        yield (f"{losses[0]:.3g} → {losses[-1]:.3g}" if len(losses) > 1 else f"{losses[0]:.3g}"), "held-out loss"
         share = facts.evaluations[-1].get("eval_rewards/accuracies")
         if share is not None:
             yield f"{100 * share:.0f} %", "of held-out pairs: chosen preferred"

@@ -123,7 +123,8 @@ class Samples:
 
     def suggestion(self) -> str:
         """A question for the first chat: one that the model has seen alone, if there is one."""
-        alone = [q for q in self.questions if len(q.messages) == 1 and not q.held_out and '"' not in q.messages[0].content]
+        # A row's text goes into a line that people copy into their shell: none that means something else there.
+        alone = [q for q in self.questions if len(q.messages) == 1 and not q.held_out and not set('"$`\\!\n') & set(q.messages[0].content)]
         asked = next((q for q in alone if q.expected), alone[0] if alone else None)
         return f' --prompt "{asked.messages[0].content}"' if asked else ""
 
