@@ -181,7 +181,7 @@ def template_environment() -> Any:
 
 
 def as_chat_message(message: Message, *, parsed: bool) -> dict[str, Any]:
-    """A message as programs hand it to a chat template. A call's arguments are `parsed`, as `transformers serve` has them, or the model's own text."""
+    """A message as programs hand it to a chat template. A call's arguments are `parsed`, as `transformers serve` has them, or the model's text."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.thinking:
         plain["thinking"] = message.thinking
