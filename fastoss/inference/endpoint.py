@@ -41,7 +41,10 @@ class EndpointEngine(Answering):
 
     def __init__(self, url: str):
         address, _, model = url.partition("#")
-        parsed = httpx.URL(address)
+        try:
+            parsed = httpx.URL(address)
+        except httpx.InvalidURL as problem:
+            raise FastossError(f"not an address: {problem}", place=url) from None
         self.url = address.rstrip("/") + ("/v1" if parsed.path in ("", "/") else "")
         headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if os.environ.get("OPENAI_API_KEY") else {}
         self.client = httpx.Client(timeout=_TIMES, headers=headers)

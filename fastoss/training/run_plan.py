@@ -136,7 +136,7 @@ def plan_run(
     plan = RunPlan(
         card=card, ranks=ranks, memory=plan_memory(shape, setting, batch, found), least=0, batch_tokens=batch.tokens,
         trained=trained,
-        disk=_disk(recipe, trained, steps), later=_exports(shape, trained), tokens=tokens, steps=steps, seconds=None,
+        disk=_disk(recipe, trained, steps, len(schedule.epoch_ends)), later=_exports(shape, trained), tokens=tokens, steps=steps, seconds=None,
         source=found.note() if model.device == "gpu" else "in float32",
     )  # fmt: skip
     # With on_oom = "split" a micro-batch may be cut down to its longest document.
@@ -178,10 +178,10 @@ def largest_batch(shape: ModelShape, setting: Setting, layout: Layout, recipe: R
     return MicroBatch([longest // 2] * (2 * len(members)) if recipe.method == "dpo" else [longest] * len(members))
 
 
-def _disk(recipe: Recipe, trained: int, steps: int) -> dict[str, int]:
+def _disk(recipe: Recipe, trained: int, steps: int, epochs: int) -> dict[str, int]:
     """Of the run directory at its end: 12 bytes a trained parameter for a checkpoint (adapter and AdamW's moments), 4 for the adapter."""
     every = recipe.checkpoint.every
-    there = recipe.checkpoint.keep if every == "epoch" else min(recipe.checkpoint.keep, -(-steps // every))
+    there = min(recipe.checkpoint.keep, epochs if every == "epoch" else -(-steps // every))
     return {f"{there} checkpoints" if there != 1 else "1 checkpoint": there * 12 * trained, "adapter": 4 * trained}
 
 
