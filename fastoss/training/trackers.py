@@ -108,4 +108,7 @@ def _public(recipe: Recipe) -> dict[str, Any]:
     for source in (*plain["data"], *plain["eval"]["data"]):
         source["source"] = source["source"] if source["source"].startswith(("hf:", "modelscope:")) else Path(source["source"]).name
         source["sample"] = source["sample"] and Path(source["sample"]).name
+    model = plain["model"]
+    model["adapter"] = model["adapter"] and Path(model["adapter"]).name
+    model["name"] = Path(model["name"]).name if Path(model["name"]).expanduser().is_dir() else model["name"]
     return plain
