@@ -78,8 +78,12 @@ def file_digest(path: Path) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files under a folder; one that another process takes away meanwhile counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def move_whole(finished: Path, final: Path) -> None:

@@ -22,6 +22,7 @@ from fastoss.model.plan import CPU_HEAD_ROWS, EAGER_ROWS, GPU_HEAD_ROWS, MicroBa
 from fastoss.model.plan_constants import Constants
 from fastoss.model.shape import GPT_OSS_20B, GPT_OSS_120B, TINY, shape_from_config
 from fastoss.recipe_edit import set_value
+from fastoss.run import size_of
 from fastoss.training.fit import Change, Fit, find_fit, write_fit
 
 from .commands import ROOT
@@ -337,6 +338,21 @@ def test_a_run_keeps_its_plan_and_what_was_measured(folder: RecipeFolder):
     assert measured["disk_bytes"] >= plan["disk_bytes"] * 0.9
     assert measured["seconds"] > 0
     assert any(line.startswith("memory ") and " planned, " in line for line in result.err.splitlines()[-5:])
+
+
+def test_a_file_that_another_process_takes_away_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The processes of a run write signs of life into its folder while its size is taken."""
+    (tmp_path / "stays").write_bytes(b"x" * 100)
+    (tmp_path / "goes").touch()
+    is_file = Path.is_file
+
+    def taken(path: Path) -> bool:
+        there = is_file(path)
+        (tmp_path / "goes").unlink(missing_ok=True)
+        return there or path.name == "goes"
+
+    monkeypatch.setattr(Path, "is_file", taken)
+    assert size_of(tmp_path) == 100
 
 
 def test_the_doctor_of_a_machine():
