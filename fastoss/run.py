@@ -254,7 +254,7 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
 
 
-def read_jsonl(path: Path) -> list[Any]:
+def read_json_lines(path: Path) -> list[Any]:
     """The values of a JSONL file that appeared whole. `ValueError` where a line is torn."""
     return [json.loads(line) for line in read_lines(path)]
 

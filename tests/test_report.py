@@ -18,7 +18,7 @@ from fastoss.report.html import Html, tag, text
 from fastoss.report.plot import decades, ticks
 from fastoss.report.report import write_comparison, write_report
 from fastoss.report.story import sentences
-from fastoss.run import RunDirectory, read_jsonl
+from fastoss.run import RunDirectory, read_json_lines
 
 from .browser import open_browser
 from .conftest import fastoss
@@ -153,7 +153,7 @@ def test_learned_by_heart_is_said(tmp_path: Path) -> None:
 def test_a_line_of_samples_ends_where_json_lines_end(tmp_path: Path) -> None:
     """What training writes leaves U+2028 and U+0085 as they are, at which str.splitlines would cut."""
     run = written_run(tmp_path / "run", text=PLAIN)
-    samples = read_jsonl(run.samples)
+    samples = read_json_lines(run.samples)
     samples[0]["after"]["content"] = "one\u2028two\x85three"
     run.samples.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in samples), encoding="utf-8")
     facts = read_facts(run)

@@ -21,7 +21,7 @@ from fastoss.inference.reply import Answer
 from fastoss.inference.sampling import Question as Asked
 from fastoss.inference.sampling import asked_language
 from fastoss.model.backend import ModelPlan, ready_for_inference, ready_for_training
-from fastoss.run import RunDirectory, read_jsonl, write_whole
+from fastoss.run import RunDirectory, read_json_lines, write_whole
 from fastoss.terminal import working
 from fastoss.training.progress import Console, rank
 
@@ -69,7 +69,7 @@ class Samples:
         if not self.questions or rank() != 0:
             return
         if self.run.samples.is_file():
-            entries = read_jsonl(self.run.samples)
+            entries = read_json_lines(self.run.samples)
             limit = self.recipe.samples.max_new_tokens
             known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"], entry.get("start")) for entry in entries]
             if known == [(self._shown(q), q.reasoning_effort, limit, self.start) for q in self.questions]:

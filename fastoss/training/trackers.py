@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.config import LogSettings, Recipe, resolved_dict
-from fastoss.run import RunDirectory, read_json, read_jsonl, write_json
+from fastoss.run import RunDirectory, read_json, read_json_lines, write_json
 from fastoss.telemetry import no_telemetry
 from fastoss.training.progress import Console, rank
 
@@ -60,7 +60,7 @@ class Trackers:
             root=run.root, project=recipe.log.project, name=recipe.name, run_id=manifest["run_id"], ids=dict(manifest.get("trackers") or {}),
             config={"recipe": _public(recipe), **{key: manifest.get(key) for key in ("versions", "gpu", "world_size", "commit")}},
         )  # fmt: skip
-        written = read_jsonl(run.metrics)
+        written = read_json_lines(run.metrics)
         for name in names:
             self._try(name, partial(self._begin, name, RECORDS[name], story, written))
         write_json(run.manifest, read_json(run.manifest) | {"trackers": story.ids})
