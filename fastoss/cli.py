@@ -129,7 +129,7 @@ def check(
 
     try:
         resolved = load_recipe(recipe, set or ())
-        dataset = build_dataset(resolved, sample=sample, progress=_progress)
+        dataset = build_dataset(resolved, sample=sample, progress=terminal.say)
         compared = compare_templates(dataset, resolved) if template else None
         outlook = judge(resolved, dataset, card=card, price=price, ranks=gpus)
         fitted = write_fitting(outlook, recipe, set or []) if fit else []
@@ -153,10 +153,6 @@ def check(
     typer.echo(f"{recipe} is fine" if outlook.plan.fits else f"{recipe} is fine, except for memory")
 
 
-def _progress(line: str) -> None:
-    terminal.say(line)
-
-
 @app.command()
 def show(
     recipe: RecipePath,
@@ -170,7 +166,7 @@ def show(
     from fastoss.data.dataset import build_dataset
 
     resolved = load_recipe(recipe, set or ())
-    dataset = build_dataset(resolved, sample=sample, progress=_progress)
+    dataset = build_dataset(resolved, sample=sample, progress=terminal.say)
     if html is not None:
         from fastoss.data.overview import write_page
 
@@ -236,7 +232,7 @@ def export(
     """
     from fastoss.export.export import export as write
 
-    for folder in write(run, format, output=output, quantization=quantization, push_to=push, base=base, dry_run=dry_run, progress=_progress):
+    for folder in write(run, format, output=output, quantization=quantization, push_to=push, base=base, dry_run=dry_run, progress=terminal.say):
         typer.echo(folder)
 
 
@@ -252,7 +248,7 @@ def verify(
     from fastoss.errors import RunFailed
     from fastoss.export.export import verify_export
 
-    result = verify_export(path, against, base=base, progress=_progress)
+    result = verify_export(path, against, base=base, progress=terminal.say)
     typer.echo(json.dumps(result.to_plain(), indent=2, ensure_ascii=False) if json_ else "\n".join(result.lines()))
     if not result.passed:
         raise RunFailed("the verification failed", place=str(path))
@@ -269,7 +265,7 @@ def push(
     """Upload exports to the hub; unchanged files are not sent again."""
     from fastoss.export.export import push_run
 
-    for address in push_run(run, format or (), repo, progress=_progress):
+    for address in push_run(run, format or (), repo, progress=terminal.say):
         typer.echo(address)
 
 
