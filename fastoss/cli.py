@@ -307,10 +307,9 @@ def bench(
     """Measure training speed by processes, and against a baseline."""
     from fastoss.config import load_recipe
     from fastoss.training.bench import bench as measure
+    from fastoss.training.bench_plan import parse_gpus
 
-    if not all(part.strip().isdigit() and int(part) > 0 for part in gpus.split(",")):
-        raise FastossError("not a list of numbers", place=f"--gpus {gpus}", hint="for example --gpus 1,2,4")
-    counts = [int(part) for part in gpus.split(",")]
+    counts = parse_gpus(gpus)
     resolved = load_recipe(recipe, set or ())
     folder = measure(resolved, recipe, output, sample=sample, gpus=counts, baseline=baseline, steps=steps, repeats=repeats, dry_run=dry_run)
     typer.echo(folder)

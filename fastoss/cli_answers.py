@@ -115,7 +115,7 @@ def evaluate(
     result = compare(run, input, rows=rows, output=output, batch_size=batch_size, language=wanted, max_new_tokens=max_new_tokens, say=terminal.say)
     directory = RunDirectory(Path(run).expanduser())
     if output is None and directory.exists():
-        _say(f"wrote {write_report(directory)}")
+        terminal.say(f"wrote {write_report(directory)}")
     if json_:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
