@@ -69,7 +69,7 @@ def _cards(cards: list[Card]) -> Iterator[Line]:
     if not cards:
         there = shutil.which("nvidia-smi") is not None
         told = "nvidia-smi finds none that this process may use" if there else "none: gpt-oss-20b cannot be trained here, the tiny model can"
-        yield Line("GPU", "broken" if there and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "absent", told)
+        yield Line("GPU", "broken" if there and "CUDA_VISIBLE_DEVICES" not in os.environ else "absent", told)  # else hidden on purpose
         return
     for number, card in enumerate(cards):
         small = card.memory < 22 * GIB
