@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,8 +45,8 @@ class Fit:
     bytes: int
 
 
-# A row's tokens as it is trained (of a pair both sides), and those of its longest example, which max_length is about.
-Row = tuple[int, int]
+# How many rows there are of each size: tokens as it is trained (of a pair both sides), and of its longest example, which max_length is about.
+Rows = Counter[tuple[int, int]]
 
 
 def find_fit(recipe: Recipe, model: ModelPlan, card: Card, units: Units, ranks: int) -> Fit | None:
@@ -78,32 +79,36 @@ def find_fit(recipe: Recipe, model: ModelPlan, card: Card, units: Units, ranks: 
     return Fit(changes, _needed(state, model, rows, ranks))
 
 
-def _rows(recipe: Recipe, units: Units) -> list[Row]:
+def _rows(recipe: Recipe, units: Units) -> Rows:
     """Of SFT the examples: a chat's tree that a smaller batch cannot hold is trained in pieces."""
     lengths = units.examples.lengths
     if recipe.method != "dpo":
-        return [(length, length) for length in lengths]
-    return list(zip(units.lengths, map(max, lengths[::2], lengths[1::2]), strict=True))
+        return Counter((length, length) for length in lengths)
+    return Counter(zip(units.lengths, map(max, lengths[::2], lengths[1::2]), strict=True))
 
 
-def _kept(recipe: Recipe, rows: list[Row]) -> list[int]:
-    """Tokens of the rows that max_length leaves, shortened where the recipe has them shortened."""
+def _kept(recipe: Recipe, rows: Rows) -> Counter[int]:
+    """By their tokens the rows that max_length leaves, shortened where the recipe has them shortened."""
     limit, shortens = recipe.model.max_length, recipe.hygiene.over_length == "truncate_left_turns"
-    return [size if longest <= limit else size * limit // longest for size, longest in rows if longest <= limit or shortens] or [limit]
+    kept = Counter[int]()
+    for (size, longest), count in rows.items():
+        if longest <= limit or shortens:
+            kept[size if longest <= limit else size * limit // longest] += count
+    return kept or Counter({limit: 1})
 
 
-def _smallest_batch(recipe: Recipe, rows: list[Row]) -> int:
+def _smallest_batch(recipe: Recipe, rows: Rows) -> int:
     """The tokens that a batch must hold: a row of max_length, as the recipe's own check wants it, and each pair."""
     return max(recipe.model.max_length, *_kept(recipe, rows))
 
 
-def _is_sound(recipe: Recipe, rows: list[Row]) -> bool:
+def _is_sound(recipe: Recipe, rows: Rows) -> bool:
     tokens = recipe.train.tokens_per_batch
     return tokens is None or tokens >= _smallest_batch(recipe, rows)
 
 
-def _steps(recipe: Recipe, model: ModelPlan, rows: list[Row], ranks: int) -> list[tuple[str, Callable[[Recipe], list[Change]]]]:
-    longest = max((length for _, length in rows), default=16)
+def _steps(recipe: Recipe, model: ModelPlan, rows: Rows, ranks: int) -> list[tuple[str, Callable[[Recipe], list[Change]]]]:
+    longest = max(length for _, length in rows)
 
     def recompute(state: Recipe) -> list[Change]:
         on = state.train.recompute == "full" or (state.train.recompute == "auto" and model.device == "gpu")
@@ -131,10 +136,10 @@ def _steps(recipe: Recipe, model: ModelPlan, rows: list[Row], ranks: int) -> lis
 
     def shorter(state: Recipe) -> list[Change]:
         length = state.model.max_length // 2
-        over = sum(count > length for _, count in rows)
-        if length < 512 or over == len(rows) or (over and recipe.hygiene.over_length == "error"):
+        over = sum(count for (_, longest), count in rows.items() if longest > length)
+        if length < 512 or over == rows.total() or (over and recipe.hygiene.over_length == "error"):
             return []
-        return [Change("model.max_length", state.model.max_length, length, f"{over:,} of {len(rows):,} rows are longer")]
+        return [Change("model.max_length", state.model.max_length, length, f"{over:,} of {rows.total():,} rows are longer")]
 
     def fewer_layers(state: Recipe) -> list[Change]:
         layers = shape_of(recipe.model.name).layers
@@ -184,14 +189,14 @@ def _value(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-def _needed(recipe: Recipe, model: ModelPlan, rows: list[Row], ranks: int) -> int:
+def _needed(recipe: Recipe, model: ModelPlan, rows: Rows, ranks: int) -> int:
     """Bytes on the card with a full micro-batch."""
     kept = _kept(recipe, rows)
     longest = max(kept)
     if recipe.train.tokens_per_batch is not None:
-        tokens = min(max(recipe.train.tokens_per_batch, longest), sum(kept))
+        tokens = min(max(recipe.train.tokens_per_batch, longest), sum(size * count for size, count in kept.items()))
     else:
-        tokens = longest * min(recipe.train.per_device_train_batch_size or 1, len(kept))
+        tokens = longest * min(recipe.train.per_device_train_batch_size or 1, kept.total())
     changed = ModelPlan(model.backend, model.source, _precision(recipe, model), model.device)
     shape, setting = shape_of(recipe.model.name), setting_of(recipe, changed, ranks)
     return plan_memory(shape, setting, MicroBatch([tokens]), constants()).card_bytes
