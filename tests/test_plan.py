@@ -215,13 +215,14 @@ def test_no_more_checkpoints_lie_there_than_are_written(folder: RecipeFolder):
     from fastoss.data.dataset import build_dataset
     from fastoss.training.outlook import judge
 
+    dataset = build_dataset(load_recipe(folder.recipe))
     for changes, count in (
         (["checkpoint.every=\"epoch\"", "train.num_train_epochs=0.5"], "1 checkpoint"),
         (["checkpoint.every=\"epoch\"", "train.num_train_epochs=3"], "2 checkpoints"),
         (["checkpoint.every=1", "train.max_steps=1"], "1 checkpoint"),
     ):  # fmt: skip
         recipe = load_recipe(folder.recipe, ["train.max_steps=0", *changes])
-        assert count in judge(recipe, build_dataset(recipe)).plan.disk
+        assert count in judge(recipe, dataset).plan.disk
 
 
 def test_fit_writes_a_new_recipe_that_fits(folder: RecipeFolder):
