@@ -8,13 +8,14 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import fastoss
-from fastoss import cli_answers, terminal
+from fastoss import cli_answers, cli_exports, terminal
 from fastoss.cli_answers import LogJson
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError, Stopped
 from fastoss.telemetry import no_telemetry
@@ -202,93 +203,13 @@ def init(
     typer.echo(write_recipe(Answers(data, method, card, name, output, yes)))
 
 
-for _command in (cli_answers.chat, cli_answers.generate, cli_answers.evaluate, cli_answers.serve):
+# In the order of the help.
+_ELSEWHERE: tuple[Callable[..., None], ...] = (
+    cli_answers.chat, cli_answers.generate, cli_answers.evaluate, cli_answers.serve, cli_exports.export, cli_exports.verify, cli_exports.push,
+)  # fmt: skip
+for _command in _ELSEWHERE:
     app.command()(_command)
-
-
-RunOrAdapter = Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter's folder.")]
-BaseFolder = Annotated[
-    str | None, typer.Option("--base", metavar="DIR", help="A folder with the original base weights, instead of the run's own base.")
-]
-
-
-@app.command()
-def export(
-    run: RunOrAdapter,
-    format: Annotated[list[str], typer.Option("--format", metavar="NAME", help="adapter, merged, mxfp4 or gguf; may be given several times.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of RUN/exports; each format gets a folder in it.")
-    ] = None,
-    quantization: Annotated[str, typer.Option("--quantization", metavar="NAME", help="For GGUF: mxfp4, bf16, f16 or q8_0.")] = "mxfp4",
-    base: BaseFolder = None,
-    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this repository of the hub (token from HF_TOKEN).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would need; write nothing.")] = False,
-    log_json: LogJson = False,
-) -> None:
-    """Write a run's model for other programs, and verify it.
-
-    A folder appears only if every LoRA change was found in its weights, it answers as the adapter does, and its template writes the training
-    tokens.
-    """
-    from fastoss.export.export import export as write
-
-    for folder in write(run, format, output=output, quantization=quantization, push_to=push, base=base, dry_run=dry_run, progress=terminal.say):
-        typer.echo(folder)
-
-
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="EXPORT", help="The folder of an export.")],
-    against: Annotated[str, typer.Option("--against", metavar="RUN", help="The run, or the adapter's folder, that it was made from.")],
-    base: BaseFolder = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
-    log_json: LogJson = False,
-) -> None:
-    """Verify an export against its run: exit code 1 when it fails."""
-    from fastoss.errors import RunFailed
-    from fastoss.export.export import verify_export
-
-    result = verify_export(path, against, base=base, progress=terminal.say)
-    typer.echo(json.dumps(result.to_plain(), indent=2, ensure_ascii=False) if json_ else "\n".join(result.lines()))
-    if not result.passed:
-        raise RunFailed("the verification failed", place=str(path))
-    typer.echo(f"{path} is verified", err=True)
-
-
-@app.command()
-def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run that has been exported, or one export's folder.")],
-    repo: Annotated[str | None, typer.Option("--repo", metavar="REPO", help="The repository, instead of the recipe's hub.repo.")] = None,
-    format: Annotated[list[str] | None, typer.Option("--format", metavar="NAME", help="Only these formats.")] = None,
-    log_json: LogJson = False,
-) -> None:
-    """Upload exports to the hub; unchanged files are not sent again."""
-    from fastoss.export.export import push_run
-
-    for address in push_run(run, format or (), repo, progress=terminal.say):
-        typer.echo(address)
-
-
-adapter_app = typer.Typer(help="Inspect LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(adapter_app, name="adapter")
-
-
-@adapter_app.callback()
-def adapter_commands() -> None:
-    """Inspect LoRA adapters."""
-
-
-@adapter_app.command("check")
-def adapter_check(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or an adapter's folder.")],
-    convert: Annotated[Path | None, typer.Option("--convert", metavar="DIR", help="Convert it to the current layout, into this folder.")] = None,
-    layout: Annotated[str | None, typer.Option("--layout", metavar="NAME", help="Its layout, if it cannot be detected: peft or grouped.")] = None,
-) -> None:
-    """Show the layout of an adapter's expert LoRA, or convert it."""
-    from fastoss.export.adapter_layouts import check_adapter
-
-    for line in check_adapter(path, layout, convert):
-        typer.echo(line)
+app.add_typer(cli_exports.adapter_app, name="adapter")
 
 
 @app.command()
