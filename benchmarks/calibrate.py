@@ -16,11 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastoss.config import LoraSettings
-from fastoss.model.cards import CARDS
+from fastoss.model.cards import card_called
 from fastoss.model.plan import MicroBatch, Setting, plan_memory
 from fastoss.model.plan_constants import Constants
 from fastoss.model.shape import GPT_OSS_20B
-from fastoss.model.speed import Work, tokens_a_second
+from fastoss.model.speed import Work, as_computed, tokens_a_second
 from fastoss.run import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,11 +67,10 @@ def calibrate(records: list[dict[str, Any]]) -> Constants:
             constants = replace(constants, **{name: statistics.median(values)})
     shares = []
     for record in records:
-        card = next((card for key, card in CARDS.items() if key.partition("-")[0] in record["card"].lower().replace("-", " ").split()), None)
-        if card and record.get("tokens_per_second"):
+        card = card_called(record["card"], record["gpu_memory_gb"] * 1e9 / 2**20)
+        if card.flops and record.get("tokens_per_second"):
             setting, length = setting_of(record), record["model"].get("max_length", 1024)
-            kind = "bf16" if setting.precision == "bf16" else "mxfp4 dequantised"
-            work = Work([length], 1.0, record["batch_tokens"], setting.recompute, setting.lora.r, kind)
+            work = Work([length], 1.0, record["batch_tokens"], setting.recompute, setting.lora.r, as_computed(setting.precision))
             shares.append(record["tokens_per_second"] / tokens_a_second(GPT_OSS_20B, work, card)["with_traffic"])
     if shares:
         constants = replace(constants, speed=statistics.median(shares))

@@ -19,7 +19,7 @@ from random_checkpoint import GPT_OSS_20B, TINY, ModelShape, checkpoint_bytes, c
 
 from fastoss.config import load_recipe
 from fastoss.errors import RunFailed
-from fastoss.run import RunDirectory, read_json, write_json
+from fastoss.run import RunDirectory, read_json, read_json_lines, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -109,7 +109,7 @@ def run_recipe(place: Place, name: str, tables: dict[str, dict[str, Any]], **top
 def train_and_note(place: Place, record: Record, model: dict[str, Any], data: dict[str, Any], train: dict[str, Any]) -> RunDirectory:
     """`run_recipe`; notes its losses and the seconds of each step."""
     run = run_recipe(place, record.values["phase"], {"model": model, "[data]": data, "train": train})
-    steps = [entry for entry in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()) if "loss" in entry]
+    steps = [entry for entry in read_json_lines(run.metrics) if "loss" in entry]
     ends = [0.0, *(entry["seconds"] for entry in steps)]
     seconds = [round(end - start, 3) for start, end in itertools.pairwise(ends)]
     settings = model | {"name": Path(model["name"]).name} | {"recipe": train | LORA}

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script too
 
 from fastoss.model.adapter import library_versions
-from fastoss.model.shape import shape_from_config
+from fastoss.model.shape import shape_of
 from fastoss.run import cache_folder, whole_folder, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,8 +87,7 @@ def measure(name: str) -> dict[str, Any]:
         if done.returncode:
             raise RuntimeError(done.stderr)
         plan = json.loads(Path(folder, "runs", "plan", "plan.json").read_text(encoding="utf-8"))
-    config = SHAPES[shape]
-    total = shape_from_config(name, json.loads(Path(model, "config.json").read_text())).total if config else 26_702_224
+    total = shape_of(model).total
     planned, measured = plan["peak_bytes"], plan["measured"]["peak_bytes"]
     return {
         "parameters": total, "micro_batch_tokens": plan["micro_batch_tokens"], "changes": list(changes), "planned_bytes": planned,

@@ -8,13 +8,14 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import fastoss
-from fastoss import cli_answers, terminal
+from fastoss import cli_answers, cli_exports, terminal
 from fastoss.cli_answers import LogJson
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, FastossError, Stopped
 from fastoss.telemetry import no_telemetry
@@ -74,14 +75,17 @@ def train(
         raise FastossError("--overwrite works only with --no-resume", place="fastoss train", hint="add --no-resume to start over")
     if override_resume and no_resume:
         raise FastossError("--override-resume resumes, --no-resume starts over: use one of them", place="fastoss train")
+    processes = 1 if gpus is None else gpus
+    if processes < 1:
+        raise FastossError("nothing is trained in no process", place=f"--gpus {gpus}", hint="ask for 1 or more")
     if dry_run:
         from fastoss.training.plan import dry_run_lines
 
-        for line in dry_run_lines(resolved, run, sample=sample, gpus=(gpus or 1) * nodes):
+        for line in dry_run_lines(resolved, run, sample=sample, gpus=processes * nodes):
             typer.echo(line)
         return
     if (gpus is not None or nodes > 1 or rendezvous) and "RANK" not in os.environ:
-        _train_in_processes(resolved, run, gpus or 1, sample, ignore_plan, nodes, rendezvous)
+        _train_in_processes(resolved, run, processes, sample, ignore_plan, nodes, rendezvous)
         return
     if gpus is not None and gpus * nodes != int(os.environ.get("WORLD_SIZE", "1")):
         raise FastossError(f"torchrun started {os.environ['WORLD_SIZE']} processes", place=f"--gpus {gpus}", hint="leave --gpus out under torchrun")
@@ -126,7 +130,7 @@ def check(
 
     try:
         resolved = load_recipe(recipe, set or ())
-        dataset = build_dataset(resolved, sample=sample, progress=_progress)
+        dataset = build_dataset(resolved, sample=sample, progress=terminal.say)
         compared = compare_templates(dataset, resolved) if template else None
         outlook = judge(resolved, dataset, card=card, price=price, ranks=gpus)
         fitted = write_fitting(outlook, recipe, set or []) if fit else []
@@ -150,10 +154,6 @@ def check(
     typer.echo(f"{recipe} is fine" if outlook.plan.fits else f"{recipe} is fine, except for memory")
 
 
-def _progress(line: str) -> None:
-    terminal.say(line)
-
-
 @app.command()
 def show(
     recipe: RecipePath,
@@ -167,7 +167,7 @@ def show(
     from fastoss.data.dataset import build_dataset
 
     resolved = load_recipe(recipe, set or ())
-    dataset = build_dataset(resolved, sample=sample, progress=_progress)
+    dataset = build_dataset(resolved, sample=sample, progress=terminal.say)
     if html is not None:
         from fastoss.data.overview import write_page
 
@@ -203,93 +203,13 @@ def init(
     typer.echo(write_recipe(Answers(data, method, card, name, output, yes)))
 
 
-for _command in (cli_answers.chat, cli_answers.generate, cli_answers.evaluate, cli_answers.serve):
+# In the order of the help.
+_ELSEWHERE: tuple[Callable[..., None], ...] = (
+    cli_answers.chat, cli_answers.generate, cli_answers.evaluate, cli_answers.serve, cli_exports.export, cli_exports.verify, cli_exports.push,
+)  # fmt: skip
+for _command in _ELSEWHERE:
     app.command()(_command)
-
-
-RunOrAdapter = Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter's folder.")]
-BaseFolder = Annotated[
-    str | None, typer.Option("--base", metavar="DIR", help="A folder with the original base weights, instead of the run's own base.")
-]
-
-
-@app.command()
-def export(
-    run: RunOrAdapter,
-    format: Annotated[list[str], typer.Option("--format", metavar="NAME", help="adapter, merged, mxfp4 or gguf; may be given several times.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="The folder, instead of RUN/exports; each format gets a folder in it.")
-    ] = None,
-    quantization: Annotated[str, typer.Option("--quantization", metavar="NAME", help="For GGUF: mxfp4, bf16, f16 or q8_0.")] = "mxfp4",
-    base: BaseFolder = None,
-    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this repository of the hub (token from HF_TOKEN).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would need; write nothing.")] = False,
-    log_json: LogJson = False,
-) -> None:
-    """Write a run's model for other programs, and verify it.
-
-    A folder appears only if every LoRA change was found in its weights, it answers as the adapter does, and its template writes the training
-    tokens.
-    """
-    from fastoss.export.export import export as write
-
-    for folder in write(run, format, output=output, quantization=quantization, push_to=push, base=base, dry_run=dry_run, progress=_progress):
-        typer.echo(folder)
-
-
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="EXPORT", help="The folder of an export.")],
-    against: Annotated[str, typer.Option("--against", metavar="RUN", help="The run, or the adapter's folder, that it was made from.")],
-    base: BaseFolder = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
-    log_json: LogJson = False,
-) -> None:
-    """Verify an export against its run: exit code 1 when it fails."""
-    from fastoss.errors import RunFailed
-    from fastoss.export.export import verify_export
-
-    result = verify_export(path, against, base=base, progress=_progress)
-    typer.echo(json.dumps(result.to_plain(), indent=2, ensure_ascii=False) if json_ else "\n".join(result.lines()))
-    if not result.passed:
-        raise RunFailed("the verification failed", place=str(path))
-    typer.echo(f"{path} is verified", err=True)
-
-
-@app.command()
-def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run that has been exported, or one export's folder.")],
-    repo: Annotated[str | None, typer.Option("--repo", metavar="REPO", help="The repository, instead of the recipe's hub.repo.")] = None,
-    format: Annotated[list[str] | None, typer.Option("--format", metavar="NAME", help="Only these formats.")] = None,
-    log_json: LogJson = False,
-) -> None:
-    """Upload exports to the hub; unchanged files are not sent again."""
-    from fastoss.export.export import push_run
-
-    for address in push_run(run, format or (), repo, progress=_progress):
-        typer.echo(address)
-
-
-adapter_app = typer.Typer(help="Inspect LoRA adapters.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(adapter_app, name="adapter")
-
-
-@adapter_app.callback()
-def adapter_commands() -> None:
-    """Inspect LoRA adapters."""
-
-
-@adapter_app.command("check")
-def adapter_check(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or an adapter's folder.")],
-    convert: Annotated[Path | None, typer.Option("--convert", metavar="DIR", help="Convert it to the current layout, into this folder.")] = None,
-    layout: Annotated[str | None, typer.Option("--layout", metavar="NAME", help="Its layout, if it cannot be detected: peft or grouped.")] = None,
-) -> None:
-    """Show the layout of an adapter's expert LoRA, or convert it."""
-    from fastoss.export.adapter_layouts import check_adapter
-
-    for line in check_adapter(path, layout, convert):
-        typer.echo(line)
+app.add_typer(cli_exports.adapter_app, name="adapter")
 
 
 @app.command()
@@ -308,10 +228,9 @@ def bench(
     """Measure training speed by processes, and against a baseline."""
     from fastoss.config import load_recipe
     from fastoss.training.bench import bench as measure
+    from fastoss.training.bench_plan import parse_gpus
 
-    if not all(part.strip().isdigit() and int(part) > 0 for part in gpus.split(",")):
-        raise FastossError("not a list of numbers", place=f"--gpus {gpus}", hint="for example --gpus 1,2,4")
-    counts = [int(part) for part in gpus.split(",")]
+    counts = parse_gpus(gpus)
     resolved = load_recipe(recipe, set or ())
     folder = measure(resolved, recipe, output, sample=sample, gpus=counts, baseline=baseline, steps=steps, repeats=repeats, dry_run=dry_run)
     typer.echo(folder)

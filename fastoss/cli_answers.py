@@ -89,7 +89,7 @@ def generate(
 
     sampling = Sampling(temperature, max_new_tokens, seed, top_p, repetition_penalty=repetition_penalty)
     how = Batching(sampling, samples, batch_size, effort, _language(language), system, tuned=not base)
-    answer(model, input, output, how, overwrite=overwrite, max_rows=max_rows, say=_say)
+    answer(model, input, output, how, overwrite=overwrite, max_rows=max_rows, say=terminal.say)
 
 
 def evaluate(
@@ -112,10 +112,10 @@ def evaluate(
     from fastoss.report.report import write_report
 
     wanted = _language(language)
-    result = compare(run, input, rows=rows, output=output, batch_size=batch_size, language=wanted, max_new_tokens=max_new_tokens, say=_say)
+    result = compare(run, input, rows=rows, output=output, batch_size=batch_size, language=wanted, max_new_tokens=max_new_tokens, say=terminal.say)
     directory = RunDirectory(Path(run).expanduser())
     if output is None and directory.exists():
-        _say(f"wrote {write_report(directory)}")
+        terminal.say(f"wrote {write_report(directory)}")
     if json_:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -135,7 +135,7 @@ def serve(
         raise FastossError("the server is not installed", place="fastoss serve", hint="pip install 'fastoss[serve]'")
     from fastoss.inference.serve import serve as answer
 
-    answer(model, port, _say)
+    answer(model, port, terminal.say)
 
 
 def _language(name: str | None) -> ReasoningLanguage | None:
@@ -143,7 +143,3 @@ def _language(name: str | None) -> ReasoningLanguage | None:
         return None if name is None else ReasoningLanguage.named(name)
     except FastossError as problem:
         raise FastossError(problem.fact, place=f"--language {name}", hint=problem.hint) from None
-
-
-def _say(line: str) -> None:
-    terminal.say(line)

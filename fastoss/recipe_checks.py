@@ -134,7 +134,11 @@ def _layers(name: str) -> int | None:
 def _check_model_name(name: str, refuse: Any) -> None:
     if name == "tiny":
         return
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:  # ~ of a user who is not here
+        refuse(("model", "name"), f"there is no folder {name}")
+        return
     if folder.is_dir():
         try:
             model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")

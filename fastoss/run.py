@@ -78,8 +78,12 @@ def file_digest(path: Path) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files under a folder; one that another process takes away meanwhile counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def move_whole(finished: Path, final: Path) -> None:
@@ -214,9 +218,10 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else, so that it starts over."""
-        for path in (*self._folders(), *self.root.glob(".*.tmp"), *self.root.glob(".*.old")):
+        torn = [*self.root.glob(".*.tmp"), *self.root.glob(".*.old")]  # what a kill left of a file or folder
+        for path in (*self._folders(), *(path for path in torn if path.is_dir())):
             shutil.rmtree(path, ignore_errors=True)
-        for path in self._files():
+        for path in (*(path for path in torn if not path.is_dir()), *self._files()):
             path.unlink(missing_ok=True)
 
     def _folders(self) -> tuple[Path, ...]:
@@ -239,6 +244,19 @@ class RunDirectory:
                 hint = "wait for it to end, or give this one another place with --output"
                 raise FastossError("another process is training in this run directory", place=str(self.root), hint=hint) from None
             yield
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, empty ones left out; a tear of a kill may stand in the last.
+
+    A line feed alone ends a line: `str.splitlines` would also cut at U+2028 or U+0085, which JSON leaves as they are within a text.
+    """
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a JSONL file that appeared whole. `ValueError` where a line is torn."""
+    return [json.loads(line) for line in read_lines(path)]
 
 
 def read_json(path: Path) -> Any:

@@ -76,7 +76,7 @@ def _cut(text: str, columns: int) -> str:
     for place, letter in enumerate(text):
         taken += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         if taken > columns:
-            return text[: place - 1] + "…"
+            return text[: max(0, place - 1)] + "…"
     return text
 
 
@@ -141,8 +141,20 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
+def rough_duration(seconds: float) -> str:
+    """What is estimated: `95 s`, `45 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def disk_size(count: float) -> str:
+    """Bytes in units of 10⁹ and 10⁶, as disks are sold: `1.4 GB`, `12.0 MB`."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def size(count: float) -> str:
-    """Bytes: `640 B`, `3.2 MiB`, `12.8 GiB`."""
+    """Bytes of memory: `640 B`, `3.2 MiB`, `12.8 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1000 or unit == "GiB":
             return f"{count:,.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.3g} {unit}"

@@ -75,8 +75,8 @@ def test_the_template_is_rendered_and_encoded_as_transformers_does(transformers_
             asked = conversation if kind == "example" else dataclasses.replace(conversation, messages=conversation.messages[:-1])
             date = conversation.current_date or FORMAT.current_date
             arguments = {
-                "conversation": [others._as_chat_message(message) for message in asked.messages],
-                "tools": [others._as_chat_tool(tool) for tool in conversation.tools] or None,
+                "conversation": [others.as_chat_message(message, parsed=True) for message in asked.messages],
+                "tools": [others.as_chat_tool(tool) for tool in conversation.tools] or None,
                 "add_generation_prompt": kind == "prompt",
                 "reasoning_effort": conversation.reasoning_effort or "medium",
                 "strftime_now": lambda format, date=date: date,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
 import urllib.parse
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +21,7 @@ from fastoss.data.sources import is_cached, read_rows
 from fastoss.errors import FastossError
 
 from .conftest import ROOT
+from .stand_in import StandIn, running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -84,48 +83,45 @@ REPOS: dict[str, dict[str, dict[str, bytes]]] = {
 }
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(StandIn):
     """As much of the hub's protocol as datasets take: what a repository is, its tree, its files with their etags."""
 
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
+        self.do_GET()
 
     def do_POST(self) -> None:
-        self._answer(body=True)
+        self.do_GET()
 
-    def _answer(self, body: bool) -> None:
+    def do_GET(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urllib.parse.unquote(self.path.split("?")[0])
         if path != "/api/agent-harnesses":  # huggingface_hub asks it once a day, about its caller
             self.asked.append(path)
         name = next((name for name in REPOS if f"/{name}" in path), None)
         if name is None:
-            return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+            return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if name == "someone/busy":
-            return self._send(503, b"", {}, body)
+            return self.send(503, b"")
         if name == "someone/private":
-            return self._send(403, b"", {}, body)
+            return self.send(403, b"")
         rest = path.split(f"/{name}", 1)[1].strip("/")
         commits = REPOS[name]
         kind, _, rest = rest.partition("/")
         revision, _, file = rest.partition("/")
         commit = {"": COMMIT, "main": COMMIT, "v1": OLDER}.get(revision, revision)
         if commit not in commits:
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         files = commits[commit]
         if path.startswith("/api/"):
-            return self._send(200, json.dumps(self._told(name, kind, commit, files, file)).encode(), {"Content-Type": "application/json"}, body)
+            return self.send(200, self._told(name, kind, commit, files, file))
         if name == "someone/gated":
-            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Repo-Commit": commit}, body)
+            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Repo-Commit": commit})
         if file not in files:
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, body)
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         etag = hashlib.sha256(files[file]).hexdigest()
-        return self._send(200, files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, body)
+        return self.send(200, files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
 
     def _told(self, name: str, kind: str, commit: str, files: dict[str, bytes], below: str) -> object:
         if kind in ("", "revision"):
@@ -141,24 +137,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             e for e in entries if (not below or e["path"].startswith(below + "/")) and (recursive or str(Path(e["path"]).parent) == (below or "."))
         ]
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with running(Hub) as address:
+        yield address
 
 
 SCRIPT = """
@@ -321,7 +304,7 @@ def test_a_folder_of_the_same_name_is_not_the_hub(read, tmp_path):
 # --- ModelScope ------------------------------------------------------------------------------------------------------
 
 
-class ModelScope(http.server.BaseHTTPRequestHandler):
+class ModelScope(StandIn):
     """The two requests of ModelScope's protocol that its package makes for a dataset: the tree, and a file."""
 
     files: ClassVar[dict[str, bytes]] = {}
@@ -332,27 +315,17 @@ class ModelScope(http.server.BaseHTTPRequestHandler):
         query = urllib.parse.parse_qs(url.query)
         file = query.get("FilePath", [""])[0]
         if url.path == "/api/v1/datasets/someone/secret/repo/tree":
-            return self._send(403, json.dumps({"Code": 403, "Success": False, "Message": "access denied"}).encode())
+            return self.send(403, {"Code": 403, "Success": False, "Message": "access denied"})
         if query.get("Revision", ["master"]) == ["master"] and url.path == "/api/v1/datasets/someone/plain/repo/tree":
             entries = [
                 {"Path": path, "Name": path, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
                 for path, data in self.files.items()
             ]
-            return self._send(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": entries}}).encode())
+            return self.send(200, {"Code": 200, "Success": True, "Data": {"Files": entries}})
         if url.path == "/api/v1/datasets/someone/plain/repo" and file in self.files:
             self.asked.append(file)
-            return self._send(200, self.files[file])
-        return self._send(404, json.dumps({"Code": 10010205001, "Success": False, "Message": "not found"}).encode())
-
-    def _send(self, status: int, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            return self.send(200, self.files[file])
+        return self.send(404, {"Code": 10010205001, "Success": False, "Message": "not found"})
 
 
 @pytest.fixture
@@ -361,12 +334,9 @@ def modelscope(read, tmp_path):
     pytest.importorskip("modelscope_hub", reason="pip install 'fastoss[modelscope]': ModelScope's package is not installed")
     ModelScope.files = {"README.md": b"# x", "train.jsonl": lines({"output": "1"}, {"output": "2"}), "test.jsonl": lines({"output": "t"})}
     ModelScope.asked.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ModelScope)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     home = {"MODELSCOPE_CACHE": str(tmp_path / "ms"), "MODELSCOPE_HOME": str(tmp_path / "home"), "MODELSCOPE_API_TOKEN": "hf_secret"}
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    yield lambda environment=None, **source: read({**home, "MODELSCOPE_ENDPOINT": endpoint, **(environment or {})}, **source)
-    server.shutdown()
+    with running(ModelScope) as endpoint:
+        yield lambda environment=None, **source: read({**home, "MODELSCOPE_ENDPOINT": endpoint, **(environment or {})}, **source)
 
 
 def test_a_data_set_from_modelscope_and_again_without_it(modelscope):

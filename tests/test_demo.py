@@ -129,7 +129,7 @@ def test_answers_that_cannot_be_trained_on_are_no_pair(left, words):
 def test_many_voters_lose_no_vote(tmp_path):
     file = VoteFile(tmp_path / "p.jsonl")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: file.add({"n": number}), range(64)))
+        list(pool.map(lambda number: file.add({"n": number, "said": "one\u2028row"}), range(64)))
     assert sorted(row["n"] for row in file.rows()) == list(range(64))
 
 

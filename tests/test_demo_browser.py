@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from .browser import open_browser
 from .conftest import fastoss
 from .demo import demo
 from .demo_page import WAIT, ask, ask_and_wait, choose, done, language, page, set_tokens
+from .stand_in import StandIn, running
 
 
 @pytest.fixture(scope="module")
@@ -129,34 +128,23 @@ PAYLOAD = (
 )
 
 
-class _Says(BaseHTTPRequestHandler):
+class _Says(StandIn):
     """An OpenAI-compatible server whose model has bad intentions."""
 
     def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "evil"}]}), "application/json")
+        self.send(200, {"data": [{"id": "evil"}]})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         parts = [{"reasoning_content": PAYLOAD}, *({"content": PAYLOAD[i : i + 7]} for i in range(0, len(PAYLOAD), 7))]
         events = [{"choices": [{"delta": part}]} for part in parts] + [{"choices": [{"delta": {}, "finish_reason": "stop"}]}]
-        self._send("".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n", "text/event-stream")
-
-    def _send(self, text: str, kind: str) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
+        stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        self.send(200, stream.encode(), {"Content-Type": "text/event-stream"})
 
 
 def test_what_a_model_says_does_nothing(browser, tmp_path):
     """No dialog, no request, no element of its own, while it streams and afterwards; the text itself is there to read."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Says)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    settings = DemoSettings(f"http://127.0.0.1:{server.server_address[1]}", preferences=tmp_path / "p.jsonl")
-    with demo(settings) as (url, _), page(browser, url) as opened:
+    with running(_Says) as model, demo(DemoSettings(model, preferences=tmp_path / "p.jsonl")) as (url, _), page(browser, url) as opened:
         ask(opened, PAYLOAD)
         done(opened)
         opened.click("details.thought summary")
@@ -169,7 +157,6 @@ def test_what_a_model_says_does_nothing(browser, tmp_path):
         opened.wait_for_selector(".badge.good")
         opened.get_by_role("tab", name="Preferences").click()
         opened.wait_for_selector(".votes")
-    server.shutdown()
 
 
 def test_signing_in(browser, tmp_path):

@@ -72,7 +72,7 @@ def test_the_official_template_would_not(rows):
 
 def test_llama_cpp_renders_the_jinja_template_and_cuts_the_text_alike(rows, shared):  # noqa: F811
     """llama.cpp's own Jinja and tokenizer, on the vocabulary and template that a GGUF carries."""
-    from fastoss.export.format_check import as_chat_message
+    from fastoss.data.other_renderers import as_chat_message
     from fastoss.inference.llama_cpp import running
 
     (file,) = (shared.exports("experts") / "gguf").glob("*.gguf")
@@ -82,7 +82,7 @@ def test_llama_cpp_renders_the_jinja_template_and_cuts_the_text_alike(rows, shar
         for chat in plain:
             settings = {"reasoning_effort": chat.reasoning_effort, "current_date": chat.current_date}
             given = {
-                "messages": [as_chat_message(message) for message in chat.messages],
+                "messages": [as_chat_message(message, parsed=False) for message in chat.messages],
                 "chat_template_kwargs": {key: value for key, value in settings.items() if value is not None},
             }
             wanted = renderer.render_prompt(chat.messages, chat.reasoning_effort, current_date=chat.current_date)

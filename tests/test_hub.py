@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.server
 import json
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,49 +12,36 @@ from typing import ClassVar
 import pytest
 
 from .conftest import fastoss, losses
+from .stand_in import StandIn, running
 
 REPO = "someone/gpt-oss-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(StandIn):
     """As much of the hub's protocol as loading a model takes: a repository's listing, and its files with their etags."""
 
     files: ClassVar[dict[str, Path]] = {}
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
         self.asked.append(path)
         if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
             listing = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
-            self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"}, body)
+            self.send(200, listing)
             return
         for name, file in self.files.items():
             if path in (f"/{REPO}/resolve/main/{name}", f"/{REPO}/resolve/{COMMIT}/{name}"):
                 content = file.read_bytes()
                 etag = hashlib.sha256(content).hexdigest()
-                self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
+                self.send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
                 return
         code = "EntryNotFound" if f"/{REPO}/" in path else "RepoNotFound"
-        self._send(404, b"", {"X-Error-Code": code}, body)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.send(404, b"", {"X-Error-Code": code})
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +49,8 @@ def hub():
     from fastoss.model.tiny import tiny_model_folder
 
     Hub.files = {path.name: path for path in tiny_model_folder().iterdir()}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with running(Hub) as address:
+        yield address
 
 
 MODEL = ("--set", f"model.name={REPO}", "--set", "model.backend=transformers", "--set", "train.max_steps=2")
@@ -103,7 +86,7 @@ def test_no_network(folder, tmp_path, offline):
     assert "Traceback" not in result.err
 
 
-class Uploads(http.server.BaseHTTPRequestHandler):
+class Uploads(StandIn):
     """As much of the hub's protocol as an upload takes: who it is, a repository, and one commit with its files. The first commit fails."""
 
     stored: ClassVar[dict[str, bytes]] = {}
@@ -112,48 +95,41 @@ class Uploads(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         answer = {"name": "tester", "type": "user"} if self.path.startswith("/api/whoami") else {"id": "tester/test", "sha": COMMIT, "siblings": []}
-        self._send(200, answer)
+        self.send(200, answer)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.headers["Authorization"] == "Bearer hf_secret"
         if self.path == "/api/repos/create":
             self.made.append(json.loads(body))
-            self._send(200, {"url": f"http://{self.headers['Host']}/tester/mine", "name": "tester/mine"})
+            self.send(200, {"url": f"http://{self.headers['Host']}/tester/mine", "name": "tester/mine"})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
-            self._send(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]})
+            self.send(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]})
         elif "/commit/" in self.path and not Uploads.refused:
             Uploads.refused = 1
-            self._send(403, {"error": "this hub is read-only today"})
+            self.send(403, {"error": "this hub is read-only today"})
         elif "/commit/" in self.path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.stored[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self._send(
+            self.send(
                 200,
                 {"success": True, "commitOid": COMMIT, "commitUrl": f"http://{self.headers['Host']}/tester/mine/commit/{COMMIT}", "hookOutput": ""},
             )
         else:
-            self._send(200, {"errors": [], "warnings": []})  # the card's head is checked by the hub
-
-    def _send(self, status: int, answer: dict) -> None:
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.send(200, {"errors": [], "warnings": []})  # the card's head is checked by the hub
 
 
-def test_an_adapter_is_pushed_after_training_and_a_failed_push_costs_nothing(folder, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Uploads)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
+@pytest.fixture
+def uploads():
+    with running(Uploads) as address:
+        yield address
+
+
+def test_an_adapter_is_pushed_after_training_and_a_failed_push_costs_nothing(folder, uploads, tmp_path):
+    home = {"HF_ENDPOINT": uploads, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
     command = ("train", folder.recipe, "--output", "run", "--set", "hub.push=true", "--set", "hub.repo={HF_USER}/mine", "--set", "train.max_steps=2")
     result = fastoss(*command, cwd=tmp_path, **home)
     assert result.code == 0, "the run is what it was"
@@ -163,7 +139,6 @@ def test_an_adapter_is_pushed_after_training_and_a_failed_push_costs_nothing(fol
     adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     assert adapter.is_file()
     again = fastoss("push", "run", cwd=tmp_path, **home)
-    server.shutdown()
     assert again.code == 0, again.err
     assert again.out.strip().endswith("/tester/mine")
     assert Uploads.made[-1] | {"name": "mine", "organization": "tester", "visibility": "private"} == Uploads.made[-1]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 
-from fastoss.config import LoraSettings, load_recipe
+from fastoss.config import DataSource, Hygiene, LoraSettings, Recipe, TrainSettings, load_recipe
+from fastoss.data.units import Units
 from fastoss.errors import FastossError
-from fastoss.model.cards import GIB, card_for, parse_card
+from fastoss.model.backend import ModelPlan
+from fastoss.model.cards import GIB, card_called, card_for, parse_card
 from fastoss.model.plan import CPU_HEAD_ROWS, EAGER_ROWS, GPU_HEAD_ROWS, MicroBatch, Setting, cpu_layer_bytes, plan_memory
 from fastoss.model.plan_constants import Constants
 from fastoss.model.shape import GPT_OSS_20B, GPT_OSS_120B, TINY, shape_from_config
 from fastoss.recipe_edit import set_value
+from fastoss.run import size_of
+from fastoss.training.fit import Change, Fit, find_fit, write_fit
 
 from .commands import ROOT
 from .conftest import RecipeFolder, fastoss
@@ -147,6 +154,18 @@ def test_a_card_is_found_by_what_its_driver_says(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("name", "mebibytes", "tera_flops"),
+    [
+        ("NVIDIA RTX 6000 Ada Generation", 49140, 364), ("NVIDIA RTX A6000", 49140, 155), ("NVIDIA H100 NVL", 95830, 835),
+        ("NVIDIA H100 80GB HBM3", 81559, 989), ("Tesla V100-SXM2-32GB", 32768, 125),
+        ("NVIDIA GeForce RTX 4080", 16376, 0), ("Quadro RTX 6000", 24576, 0),
+    ],
+)  # fmt: skip
+def test_only_a_card_of_that_name_lends_its_speed(name: str, mebibytes: int, tera_flops: int):
+    assert card_called(name, mebibytes).flops == tera_flops * 1e12
+
+
+@pytest.mark.parametrize(
     ("text", "key", "value"),
     [
         ("[train]\nlearning_rate = 1e-4 # why\n", "train.learning_rate", 2),
@@ -192,6 +211,20 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path: Path):
     assert check(recipe, "--card", "H200", "--gpus", 2)["components"]["exchange between cards"] > 0
 
 
+def test_no_more_checkpoints_lie_there_than_are_written(folder: RecipeFolder):
+    from fastoss.data.dataset import build_dataset
+    from fastoss.training.outlook import judge
+
+    dataset = build_dataset(load_recipe(folder.recipe))
+    for changes, count in (
+        (["checkpoint.every=\"epoch\"", "train.num_train_epochs=0.5"], "1 checkpoint"),
+        (["checkpoint.every=\"epoch\"", "train.num_train_epochs=3"], "2 checkpoints"),
+        (["checkpoint.every=1", "train.max_steps=1"], "1 checkpoint"),
+    ):  # fmt: skip
+        recipe = load_recipe(folder.recipe, ["train.max_steps=0", *changes])
+        assert count in judge(recipe, dataset).plan.disk
+
+
 def test_fit_writes_a_new_recipe_that_fits(folder: RecipeFolder):
     text = folder.recipe.read_text().replace('name = "tiny"', "# a comment").replace('precision = "float32"', 'precision = "bf16"  # whole')
     folder.recipe.write_text(text)
@@ -210,6 +243,54 @@ def test_fit_writes_a_new_recipe_that_fits(folder: RecipeFolder):
     assert (nothing.code, "no setting of a recipe makes it fit" in nothing.err) == (2, True)
     unknown = fastoss("check", folder.recipe, "--card", "H9000")
     assert (unknown.code, "not a card that is known here" in unknown.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "examples", "units", "changes"),
+    [
+        (
+            "dpo",
+            {"per_device_train_batch_size": 8},
+            [3000, 1500] * 20,
+            [6000] * 20,
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        ),
+        (
+            "dpo",
+            {"per_device_train_batch_size": 5},
+            [3000, 1500] * 20,
+            [6000] * 20,
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5},
+        ),
+        ("dpo", {"tokens_per_batch": 16384}, [3500, 3000] * 20, [6000] * 20, {"tokens_per_batch": 8192, "gradient_accumulation_steps": 2}),
+        ("sft", {"tokens_per_batch": 16384}, [3000] * 40, [12_000] * 10, {"tokens_per_batch": 8192, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_what_would_fit_counts_pairs_and_trees_by_their_longest_example(method: str, batch: dict, examples: list, units: list, changes: dict):
+    """Both are longer than max_length, and are trained all the same: a smaller batch is what helps."""
+    recipe = Recipe(name="x", method=method, data=(DataSource(source="x"),), train=TrainSettings(**batch), dpo=None)
+    laid_out = Units(SimpleNamespace(lengths=examples), numpy.arange(len(units) + 1), units, [1.0] * len(units))
+    fit = find_fit(recipe, ModelPlan("unsloth", None, "4bit", "gpu"), parse_card("24GB"), laid_out, 1)
+    assert {change.key: change.new for change in fit.changes} == {f"train.{key}": value for key, value in changes.items()}
+    assert 12 * GIB < fit.bytes <= 24 * GIB
+
+
+def test_rows_are_shortened_for_a_card_only_where_the_recipe_lets_rows_go():
+    model, laid_out = (
+        ModelPlan("unsloth", None, "4bit", "gpu"),
+        Units(SimpleNamespace(lengths=[4000] * 9 + [900]), numpy.arange(11), [1] * 10, [1.0] * 10),
+    )
+    small, data = parse_card("15.5GB"), (DataSource(source="x"),)
+    for policy, fits in (("drop", True), ("error", False)):
+        recipe = Recipe(name="x", data=data, train=TrainSettings(tokens_per_batch=4096), hygiene=Hygiene(over_length=policy))
+        fit = find_fit(recipe, model, small, laid_out, 1)
+        assert any(change.key == "model.max_length" for change in fit.changes) is fits if fit else not fits
+
+
+def test_a_recipe_with_a_byte_order_mark_can_be_made_to_fit(tmp_path: Path):
+    (tmp_path / "r.toml").write_text('\ufeffname = "x"\n[train]\ntokens_per_batch = 16384 # so\n', encoding="utf-8")
+    written = write_fit(tmp_path / "r-fit.toml", Fit([Change("train.tokens_per_batch", 16384, 8192, "")], 1), tmp_path / "r.toml")
+    assert written.read_text() == 'name = "x"\n[train]\ntokens_per_batch = 8192 # so\n'
 
 
 def test_what_cannot_fit_is_refused_before_the_model_is_loaded():
@@ -260,6 +341,21 @@ def test_a_run_keeps_its_plan_and_what_was_measured(folder: RecipeFolder):
     assert any(line.startswith("memory ") and " planned, " in line for line in result.err.splitlines()[-5:])
 
 
+def test_a_file_that_another_process_takes_away_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The processes of a run write signs of life into its folder while its size is taken."""
+    (tmp_path / "stays").write_bytes(b"x" * 100)
+    (tmp_path / "goes").touch()
+    is_file = Path.is_file
+
+    def taken(path: Path) -> bool:
+        there = is_file(path)
+        (tmp_path / "goes").unlink(missing_ok=True)
+        return there or path.name == "goes"
+
+    monkeypatch.setattr(Path, "is_file", taken)
+    assert size_of(tmp_path) == 100
+
+
 def test_the_doctor_of_a_machine():
     result = fastoss("doctor", "--json", HF_HUB_OFFLINE="1", PYTHONHASHSEED="0")
     assert result.code == 0, result.err
@@ -269,6 +365,25 @@ def test_the_doctor_of_a_machine():
     assert lines["hub"]["told"].startswith("HF_HUB_OFFLINE is set")
     assert {"Python", "GPU", "trl", "peft", "bitsandbytes", "Unsloth", "disk here", "gloo between two processes"} <= set(lines)
     assert all(line["fix"] for line in lines.values() if line["state"] == "broken")
+
+
+def test_the_doctor_reaches_the_hub_as_its_client_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a proxy is set, that is what must answer; its password is not shown."""
+    from fastoss.training.machine import _disk, _hub
+
+    for name in ("HF_HUB_OFFLINE", "NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:secret@127.0.0.1:{proxy.getsockname()[1]}")
+        line = next(_hub())
+    assert (line.state, line.told.startswith("https://hub.invalid through the proxy that is set answers")) == ("ok", True)
+    assert "secret" not in line.line()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTOSS_CACHE", str(tmp_path / "file" / "cache"))
+    assert next(line.state for line in _disk()) == "broken", "one line, and the others after it"
 
 
 def test_a_library_that_breaks_breaks_a_line_and_not_the_doctor(tmp_path: Path):

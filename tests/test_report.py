@@ -18,7 +18,7 @@ from fastoss.report.html import Html, tag, text
 from fastoss.report.plot import decades, ticks
 from fastoss.report.report import write_comparison, write_report
 from fastoss.report.story import sentences
-from fastoss.run import RunDirectory
+from fastoss.run import RunDirectory, read_json_lines
 
 from .browser import open_browser
 from .conftest import fastoss
@@ -150,13 +150,32 @@ def test_learned_by_heart_is_said(tmp_path: Path) -> None:
     assert "after a low of 0.789 at step 40: what came later was learned by heart" in sentences(read_facts(run))[2]
 
 
+def test_a_line_of_samples_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """What training writes leaves U+2028 and U+0085 as they are, at which str.splitlines would cut."""
+    run = written_run(tmp_path / "run", text=PLAIN)
+    samples = read_json_lines(run.samples)
+    samples[0]["after"]["content"] = "one\u2028two\x85three"
+    run.samples.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in samples), encoding="utf-8")
+    facts = read_facts(run)
+    assert (facts.samples, facts.damaged) == (samples, [])
+
+
+def test_one_evaluation_is_no_way_from_one_to_another(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", text=PLAIN)
+    run.metrics.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "eval_loss": 1.25}\n')
+    page = write_report(run).read_text()
+    assert "<b>1.25</b><span>held-out loss</span>" in page
+    assert "1.25 → 1.25" not in page
+
+
 def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", text=PLAIN)
     run.samples.write_text("{torn")
     run.profile.write_text("[1]")
     (run.root / "plan.json").unlink()
+    run.manifest.write_text('{"started": [')
     page = write_report(run).read_text()
-    for name in ("samples.jsonl", "profile.json"):
+    for name in ("samples.jsonl", "profile.json", "manifest.json"):
         assert f"{name} is damaged and was left out of this page" in page
     assert 'id="plan"' not in page
     bare = RunDirectory(tmp_path / "bare")

@@ -92,6 +92,7 @@ def test_a_sweep_gives_each_job_its_settings_and_its_run(folder, tmp_path, monke
         ('name=["a", "b"]', "the runs of a sweep get their names from its values"),
         ("lora.rank=[8, 16]", "unknown key `lora.rank`"),
         ("train.learning_rate=[1e-4, -1.0]", "train.learning_rate"),
+        ('log.project=["你好", "再见"]', "two jobs would train in the same folder, runs/…-project"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_before_it_is_queued(folder, sweep, fact):

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastoss.config import LogSettings
+from fastoss.config import DataSource, EvalSettings, LogSettings, ModelConfig, Recipe
 from fastoss.training.tracker_records import log_records
-from fastoss.training.trackers import usable_trackers
+from fastoss.training.trackers import _public, usable_trackers
 
 from .conftest import ROWS, TINY_RECIPE, _commands, metrics
 
@@ -192,6 +192,14 @@ def test_nothing_is_asked_of_the_network_and_nothing_failed(recorded):
     assert "failed (" not in recorded.err
     assert recorded.out == "", "stdout is for data"
     assert [entry["step"] for entry in metrics(recorded.run) if "loss" in entry] == list(range(1, STEPS + 1))
+
+
+def test_no_folder_of_this_machine_is_told(tmp_path):
+    source = DataSource(source=str(tmp_path / "rows.jsonl"), sample=str(tmp_path / "few.jsonl"))
+    model = ModelConfig(name=str(tmp_path), adapter=str(tmp_path / "before"))
+    told = json.dumps(_public(Recipe(name="x", data=(source,), eval=EvalSettings(data=(source,)), model=model)))
+    assert str(tmp_path.parent) not in told
+    assert all(f'"{name}"' in told for name in ("rows.jsonl", "few.jsonl", "before", tmp_path.name))
 
 
 def test_which_trackers_can_record(monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,7 +222,7 @@ def test_resuming_with_accumulation_epochs_packing_and_dropout(folder, layout):
 
 def test_a_run_killed_before_its_last_words_says_them_later(folder):
     """The adapter is what says that a run is finished: it must not appear before the samples are answered."""
-    changes = ("--set", 'samples.prompts=["hi"]', "--set", "samples.max_new_tokens=3")
+    changes = ("--set", r'samples.prompts=["a line\u2028and another"]', "--set", "samples.max_new_tokens=3")  # U+2028: no line of JSONL ends there
     whole = trained(folder, "whole", *changes)
     killed = folder.root / "killed"
     shutil.copytree(whole, killed)
@@ -238,8 +239,20 @@ def test_a_run_killed_while_it_opened_its_folder(folder):
     run.mkdir()
     (run / "recipe.toml").write_text("name = ")
     (run / "manifest.json").write_text("{}")
+    (run / ".plan.json.1.tmp").write_text("{")
     result, _ = train(folder, "run", "--set", "train.max_steps=1")
     assert result.code == 0, result.err
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_what_a_row_says_is_nothing_to_a_shell():
+    """The line to try a run with is copied into one."""
+    from fastoss.data.conversation import Message
+    from fastoss.training.samples import Question, Samples
+
+    asked = [Question((Message("user", text),)) for text in ('say "hi"', "$(reboot)", "`reboot`", "a\\", "a\nb", "Wow!", "你是谁?")]
+    assert Samples.suggestion(SimpleNamespace(questions=asked)) == ' --prompt "你是谁?"'
+    assert Samples.suggestion(SimpleNamespace(questions=asked[:-1])) == ""
 
 
 def test_a_signal_before_anything_is_saved(folder):

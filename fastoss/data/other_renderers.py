@@ -57,7 +57,7 @@ def template_renderer(template: str, format: FormatSettings, name: str = OFFICIA
     import jinja2
 
     try:
-        compiled = _environment().from_string(template)
+        compiled = template_environment().from_string(template)
     except jinja2.TemplateError as problem:
         raise FastossError(f"it is not a Jinja template: {problem}", place=name) from None
 
@@ -65,8 +65,8 @@ def template_renderer(template: str, format: FormatSettings, name: str = OFFICIA
         day = datetime.date.fromisoformat(conversation.current_date or format.current_date)
         try:
             text = compiled.render(
-                messages=[_as_chat_message(message) for message in conversation.messages],
-                tools=[_as_chat_tool(tool) for tool in conversation.tools] or None,
+                messages=[as_chat_message(message, parsed=True) for message in conversation.messages],
+                tools=[as_chat_tool(tool) for tool in conversation.tools] or None,
                 documents=None,
                 add_generation_prompt=kind == "prompt",
                 reasoning_effort=conversation.reasoning_effort or format.reasoning_effort,
@@ -145,7 +145,7 @@ def encode_control(text: str) -> list[int]:
 
 
 @functools.cache
-def _environment() -> Any:
+def template_environment() -> Any:
     """Jinja as transformers 5.17 sets it up (`utils/chat_template_utils.py`): the sandbox, its filter and its tags."""
     import jinja2
     import jinja2.ext
@@ -180,23 +180,22 @@ def _environment() -> Any:
     return environment
 
 
-def _as_chat_message(message: Message) -> dict[str, Any]:
-    """A message as `apply_chat_template` takes it; a call's arguments as an object, as `transformers serve` hands them over."""
+def as_chat_message(message: Message, *, parsed: bool) -> dict[str, Any]:
+    """A message as programs hand it to a chat template. A call's arguments are `parsed`, as `transformers serve` has them, or the model's text."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.thinking:
         plain["thinking"] = message.thinking
     if message.name is not None:
         plain["name"] = message.name
     if message.tool_call is not None:
-        try:
-            arguments = json.loads(message.tool_call.arguments)
-        except (ValueError, RecursionError):
-            arguments = message.tool_call.arguments
+        arguments = message.tool_call.arguments
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments) if parsed else arguments
         plain["tool_calls"] = [{"type": "function", "function": {"name": message.tool_call.name, "arguments": arguments}}]
     return plain
 
 
-def _as_chat_tool(tool: Tool) -> dict[str, Any]:
+def as_chat_tool(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
     if tool.parameters is not None:
         function["parameters"] = tool.parameters

@@ -23,7 +23,7 @@ from fastoss.data.page import page_html
 from fastoss.data.report import report_to_plain
 from fastoss.data.tokenizer import decode
 from fastoss.errors import FastossError
-from fastoss.run import write_whole
+from fastoss.run import read_json_lines, write_whole
 
 _PAGE_EXAMPLES = 10_000
 _PAGE_CHARACTERS = 20_000_000  # of example text on one page: a browser opens that without a pause
@@ -89,7 +89,7 @@ def page_data(dataset: Dataset, recipe: Recipe, recipe_path: str) -> dict[str, A
     """What the page shows: see `page_html`."""
     report = dataset.report
     examples = list(_listed(dataset))
-    dropped = [json.loads(line) for line in (dataset.store.folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    dropped = read_json_lines(dataset.store.folder / "dropped.jsonl")
     return {
         "title": recipe.name,
         "recipe": recipe_path,

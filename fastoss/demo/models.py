@@ -15,7 +15,7 @@ from fastoss.demo.limits import Limits
 from fastoss.errors import FastossError
 from fastoss.inference.opening import open_model
 from fastoss.report.report import write_report
-from fastoss.run import RunDirectory
+from fastoss.run import RunDirectory, read_json, read_lines
 
 _EXAMPLES = ("Who are you?", "Explain in two sentences why the sky is blue.", "Write a haiku about rain.")
 _SHOWN = 4
@@ -37,7 +37,7 @@ class About:
         short = name.rstrip("/").rpartition("/")[2] or name
         if not run.exists():
             return cls(short, "a model that was not trained here")
-        recipe = json.loads(run.resolved_recipe.read_text(encoding="utf-8"))
+        recipe = read_json(run.resolved_recipe)
         method = str(recipe.get("method", "sft")).upper()
         line = f"{recipe.get('model', {}).get('name', 'a model')} with LoRA, {method}"
         return cls(short, line, tuple(_examples(run, recipe)) or _EXAMPLES, run)
@@ -47,7 +47,7 @@ def _examples(run: RunDirectory, recipe: dict[str, Any]) -> list[str]:
     """First questions: those that the recipe asks for samples, else those that were asked."""
     found = [str(prompt) for prompt in recipe.get("samples", {}).get("prompts", ())]
     if not found and run.samples.is_file():
-        for line in run.samples.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(run.samples):
             with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
                 messages = json.loads(line)["messages"]
                 asked = [message["content"] for message in messages if message["role"] == "user"]

@@ -14,7 +14,7 @@ from fastoss.data.rows import BadRow, Row
 from fastoss.data.text import check_text
 from fastoss.demo.talk import Spoken, Turn
 from fastoss.errors import FastossError
-from fastoss.run import RunDirectory, file_lock, read_json, write_whole
+from fastoss.run import RunDirectory, file_lock, read_json, read_lines, write_whole
 
 
 class VoteFile:
@@ -24,9 +24,7 @@ class VoteFile:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in self._lines()]
 
     def add(self, row: dict[str, Any]) -> None:
         with self._lock():
@@ -44,7 +42,7 @@ class VoteFile:
         return file_lock(self.path.with_name(f".{self.path.name}.lock"))
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return read_lines(self.path) if self.path.is_file() else []
 
     def _write(self, lines: Sequence[str]) -> None:
         try:

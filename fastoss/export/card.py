@@ -8,7 +8,7 @@ from typing import Any
 
 from fastoss.export.subject import Subject
 from fastoss.export.verify import Verification
-from fastoss.run import RunDirectory
+from fastoss.run import RunDirectory, read_json_lines
 
 _USE = {
     "adapter": ("peft", "AutoPeftModelForCausalLM"),
@@ -105,7 +105,7 @@ def _metrics(subject: Subject) -> Iterator[str]:
     run: RunDirectory | None = subject.run
     if run is None or not run.metrics.is_file():
         return
-    entries = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    entries = read_json_lines(run.metrics)
     losses = [entry for entry in entries if "loss" in entry]
     if not losses:
         return

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastoss.config import FormatSettings, Recipe
 from fastoss.data.conformance import builtin_chats
-from fastoss.data.conversation import Conversation, Message
+from fastoss.data.conversation import Conversation
 from fastoss.data.dataset import build_dataset
 from fastoss.data.harmony import HarmonyRenderer
-from fastoss.data.other_renderers import Kind, Refusal, encode_control
+from fastoss.data.other_renderers import Kind, Refusal, as_chat_message, as_chat_tool, encode_control, template_environment
 from fastoss.data.tokenizer import decode
 from fastoss.errors import FastossError
 
@@ -98,10 +97,8 @@ def jinja_renderer(template: str) -> Render:
     """Ids as a program gets them that renders the export's template and is told of nothing but the row's own settings."""
     import jinja2
 
-    from fastoss.data.other_renderers import _environment
-
     try:
-        compiled = _environment().from_string(template)
+        compiled = template_environment().from_string(template)
     except jinja2.TemplateError as problem:
         raise FastossError(f"it is not a Jinja template: {problem}", place="chat_template.jinja") from None
 
@@ -112,7 +109,7 @@ def jinja_renderer(template: str) -> Render:
             given["tools"] = [as_chat_tool(tool) for tool in conversation.tools]
         try:
             text = compiled.render(
-                messages=[as_chat_message(message) for message in conversation.messages],
+                messages=[as_chat_message(message, parsed=False) for message in conversation.messages],
                 add_generation_prompt=kind == "prompt",
                 strftime_now=_today,
                 **given,
@@ -129,22 +126,3 @@ def _today(pattern: str) -> str:
     import datetime
 
     return datetime.date(1999, 12, 31).strftime(pattern)
-
-
-def as_chat_message(message: Message) -> dict[str, Any]:
-    """A message as chat programs hand it to a template; a call's arguments as the text that the model wrote."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thinking:
-        plain["thinking"] = message.thinking
-    if message.name is not None:
-        plain["name"] = message.name
-    if message.tool_call is not None:
-        plain["tool_calls"] = [{"type": "function", "function": {"name": message.tool_call.name, "arguments": message.tool_call.arguments}}]
-    return plain
-
-
-def as_chat_tool(tool: Any) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
-    if tool.parameters is not None:
-        function["parameters"] = tool.parameters
-    return {"type": "function", "function": json.loads(json.dumps(function))}

@@ -8,8 +8,8 @@ from pathlib import Path
 from fastoss.errors import FastossError, RunFailed
 from fastoss.export.merge import Progress
 from fastoss.export.verify import RESULT
-from fastoss.run import read_json
-from fastoss.terminal import size, working
+from fastoss.run import read_json, size_of
+from fastoss.terminal import disk_size, working
 
 _LARGE = 5_000_000_000
 
@@ -50,10 +50,10 @@ def push(folder: Path, repo: str, progress: Progress, *, private: bool = True) -
     if not verdict.get("passed"):
         raise FastossError("the export's verification failed, it is not pushed", place=str(folder))
     api = HfApi()
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = size_of(folder)
     progress(f"uploading {folder.name} to {repo} …")
     try:
-        with working(f"uploading {size(total)}", draw=False, tell=progress):  # in a terminal the hub's client draws bars
+        with working(f"uploading {disk_size(total)}", draw=False, tell=progress):  # in a terminal the hub's client draws bars
             api.create_repo(repo, private=private, exist_ok=True)
             if total > _LARGE:
                 # Keeps its place in .cache/huggingface beside the files, so that the same command resumes after a break.

@@ -16,8 +16,8 @@ from fastoss.export.gguf_file import Quantization, parts, stored_bytes
 from fastoss.export.merge import merged_tensors, mxfp4_tensors
 from fastoss.export.stock import is_small
 from fastoss.export.tensors import PIECE_BYTES
+from fastoss.terminal import disk_size, rough_duration
 
-GB = 1e9
 _PROCESS = 1.0e9  # Python with torch, transformers and PEFT, and the tokenizer
 _LLAMA_PROCESS = 1.0e9
 # Values a second on one core, of everything that is done to them: reading, merging, writing, reading back, comparing (docs/log.md).
@@ -35,7 +35,7 @@ class FormatPlan:
     seconds: float
 
     def line(self) -> str:
-        return f"{self.name}: {size(self.disk)} on disk, up to {size(self.memory)} of memory, about {_time(self.seconds)}"
+        return f"{self.name}: {disk_size(self.disk)} on disk, up to {disk_size(self.memory)} of memory, about {rough_duration(self.seconds)}"
 
 
 def plan_export(base: Base, adapter: Adapter, formats: Sequence[str], quantization: Quantization, scored_tokens: int) -> list[FormatPlan]:
@@ -81,11 +81,11 @@ def check_plan(plans: Sequence[FormatPlan], folder: Path) -> None:
     need, free = int(sum(plan.disk for plan in plans) * _MARGIN), shutil.disk_usage(existing).free
     if need > free:
         hint = "make room, or name another place with --output"
-        raise FastossError(f"the disk has {size(free)} free, the export needs {size(need)}", place=str(existing), hint=hint)
+        raise FastossError(f"the disk has {disk_size(free)} free, the export needs {disk_size(need)}", place=str(existing), hint=hint)
     memory, available = max(plan.memory for plan in plans), available_memory()
     if memory > available:
         hint = "close other programs, or export on a machine with more"
-        raise FastossError(f"{size(available)} of memory are free, the export needs up to {size(memory)}", hint=hint)
+        raise FastossError(f"{disk_size(available)} of memory are free, the export needs up to {disk_size(memory)}", hint=hint)
 
 
 def available_memory() -> int:
@@ -105,11 +105,3 @@ def available_memory() -> int:
     except (OSError, ValueError):
         pass
     return free
-
-
-def size(count: float) -> str:
-    return f"{count / GB:.1f} GB" if count >= 0.1 * GB else f"{count / 1e6:.0f} MB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastoss.export.forward import Adapted
 from fastoss.export.merge import Merged, Progress
 from fastoss.model.adapter import AdapterStamp, check_adapter, read_stamp
 from fastoss.model.lora import adapter_folder
-from fastoss.run import RunDirectory, read_json
+from fastoss.run import RunDirectory, read_json, read_json_lines
 
 _QUESTIONS = 8
 _PROMPT_TOKENS, _REPLY_TOKENS = 512, 48
@@ -57,7 +56,7 @@ class Subject:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         path = self.run.samples if self.run else None
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path and path.is_file() else []
+        return read_json_lines(path) if path and path.is_file() else []
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -15,7 +15,7 @@ from fastoss.export.accounting import Accounting, account, inert_groups, roundin
 from fastoss.export.adapter_layouts import Adapter
 from fastoss.export.base import Base
 from fastoss.export.behaviour import Behaviour, ask, compare, compare_llama
-from fastoss.export.format_check import FormatCheck, as_chat_message, check_rows, jinja_renderer
+from fastoss.export.format_check import FormatCheck, check_rows, jinja_renderer
 from fastoss.export.forward import Adapted, Weights
 from fastoss.export.gguf_weights import GgufWeights
 from fastoss.export.ollama import MODELFILE, can_render, modelfile_render
@@ -267,12 +267,12 @@ def _metadata_problems(export: GgufWeights, subject: Subject) -> Iterator[str]:
 def _check_llama_rendering(server: LlamaServer, subject: Subject, result: Verification) -> None:
     """llama.cpp's own Jinja and its own tokenizer on some of the prompts. It writes tool calls' arguments anew, so chats with tools stay out."""
     from fastoss.data.conversation import Conversation
-    from fastoss.data.other_renderers import Kind, Refusal
+    from fastoss.data.other_renderers import Kind, Refusal, as_chat_message
 
     def render(conversation: Conversation, kind: Kind) -> list[int]:
         settings = {"reasoning_effort": conversation.reasoning_effort, "current_date": conversation.current_date}
         asked = {
-            "messages": [as_chat_message(message) for message in conversation.messages],
+            "messages": [as_chat_message(message, parsed=False) for message in conversation.messages],
             "chat_template_kwargs": {key: value for key, value in settings.items() if value is not None},
         }
         try:

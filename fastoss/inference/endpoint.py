@@ -14,12 +14,13 @@ from typing import Any
 
 import httpx
 
-from fastoss.data.conversation import Message, Tool
-from fastoss.data.harmony import Completion, Delta
+from fastoss.data.conversation import Message
+from fastoss.data.harmony import Delta
 from fastoss.data.tokenizer import CALL, RETURN, encode
 from fastoss.errors import FastossError, RunFailed
+from fastoss.inference.answering import Answering
 from fastoss.inference.reply import Answer, Reply
-from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
+from fastoss.inference.sampling import Question, Sampling
 
 _TIMES = httpx.Timeout(connect=5, read=300, write=60, pool=60)
 _LEFT_MARKUP = re.compile(r"<\|(start|channel|message|end|return|call)\|>|\banalysis.*assistantfinal", re.DOTALL)
@@ -30,7 +31,7 @@ def is_endpoint(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-class EndpointEngine:
+class EndpointEngine(Answering):
     """Asks a server. `url` is what comes before `/chat/completions`, or the server alone (`/v1` is added); `#NAME` chooses one of its models.
 
     The key is OPENAI_API_KEY's, where the server wants one. Raises `FastossError` when no such server answers.
@@ -40,46 +41,27 @@ class EndpointEngine:
 
     def __init__(self, url: str):
         address, _, model = url.partition("#")
-        parsed = httpx.URL(address)
+        try:
+            parsed = httpx.URL(address)
+        except httpx.InvalidURL as problem:
+            raise FastossError(f"not an address: {problem}", place=url) from None
         self.url = address.rstrip("/") + ("/v1" if parsed.path in ("", "/") else "")
         headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if os.environ.get("OPENAI_API_KEY") else {}
         self.client = httpx.Client(timeout=_TIMES, headers=headers)
         self.model = model or self._first_model()
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling | None = None,
-        reasoning_effort: str | None = None,
-        *,
-        language: ReasoningLanguage | None = None,
-        tuned: bool = True,
-        tools: tuple[Tool, ...] = (),
-        current_date: str | None = None,
-    ) -> Reply:
-        """As `Engine.stream`. Deltas hold what the server sends at once; `current_date` cannot be asked for."""
+    def ask(self, question: Question, sampling: Sampling, *, tuned: bool = True) -> Reply:
+        """Deltas hold what the server sends at once; a date cannot be asked for."""
         if not tuned:
             raise FastossError("a server has one model: its adapter cannot be switched off", place=self.url)
-        if current_date is not None:
+        if question.current_date is not None:
             raise FastossError("a server chooses the date itself", place=self.url, hint="leave `current_date` out of the row")
-        question = Question(tuple(messages), reasoning_effort, language, tools).checked()
-        body = self._body(question, sampling or Sampling())
+        body = self._body(question.checked(), sampling)
         return Reply(lambda reply: self._deltas(reply, body))
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
         """One after the other; the server may know better how to hurry."""
-        return [
-            self.stream(
-                q.messages, sampling, q.reasoning_effort, language=q.language, tuned=tuned, tools=q.tools, current_date=q.current_date
-            ).answer()
-            for q in questions
-        ]  # fmt: skip
-
-    def complete(
-        self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None, efforts: Sequence[str | None] | None = None, *, tuned: bool = True
-    ) -> list[Completion]:
-        asked = [Question(tuple(chat), effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
-        return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
+        return [self.ask(question, sampling or Sampling(), tuned=tuned).answer() for question in questions]
 
     def prompt_ids(self, question: Question) -> list[int]:
         """The tokens of its texts, by our tokenizer: for lengths alone. `FastossError` when it cannot be asked."""

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from fastoss.config import FormatSettings, LoraSettings, ModelConfig
-from fastoss.data.conversation import Message, Tool
-from fastoss.data.harmony import Completion, HarmonyRenderer, parse_completion
+from fastoss.data.harmony import HarmonyRenderer, parse_completion
 from fastoss.data.tokenizer import PAD, STOP_IDS
 from fastoss.errors import FastossError
+from fastoss.inference.answering import Answering
 from fastoss.inference.prefix_cache import PrefixCaches
 from fastoss.inference.reply import Answer, Reply, finish_reason
-from fastoss.inference.sampling import Question, ReasoningLanguage, prompt_ids
+from fastoss.inference.sampling import Question, prompt_ids
 from fastoss.inference.sampling import Sampling as Sampling
 from fastoss.inference.streaming import Tell, streamed
 from fastoss.inference.turns import Turns
@@ -31,7 +31,7 @@ from fastoss.model.checkpoint_source import checkpoint_source, native_precision
 from fastoss.model.lora import adapter_folder, load_adapter_weights
 
 
-class Engine:
+class Engine(Answering):
     """A loaded model and the format settings that its prompts are rendered with.
 
     `prefix_cache`: keep the keys and values of earlier turns for `stream`. `waiting` is how many may wait for their turn
@@ -84,28 +84,11 @@ class Engine:
         """The tokens that ask a question. `FastossError` when it cannot be asked, or is longer than the model can read."""
         return prompt_ids(self.renderer, question, self.context_length)
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling | None = None,
-        reasoning_effort: str | None = None,
-        *,
-        language: ReasoningLanguage | None = None,
-        tuned: bool = True,
-        tools: tuple[Tool, ...] = (),
-        current_date: str | None = None,
-    ) -> Reply:
-        """Answer a chat, piece by piece as it is sampled. `close()` the reply to stop it: sampling ends within a token.
-
-        `tuned=False` asks the base model: the adapter is switched off for this reply. Raises `FastossError` when the chat cannot
-        be asked, `Busy` when too many wait; iterating raises `RunFailed` when generation fails.
-        """
+    def ask(self, question: Question, sampling: Sampling, *, tuned: bool = True) -> Reply:
         self._check_base(tuned)
-        question = Question(tuple(messages), reasoning_effort, language, tools, current_date)
         prompt = self.prompt_ids(question)
-        chosen = sampling or Sampling()
         return Reply(
-            lambda reply: streamed(reply, self.turns, lambda tell: self._generate(reply, prompt, chosen, tuned, tell)), len(prompt)
+            lambda reply: streamed(reply, self.turns, lambda tell: self._generate(reply, prompt, sampling, tuned, tell)), len(prompt)
         )  # fmt: skip
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
@@ -124,13 +107,6 @@ class Engine:
             completion = parse_completion(ids)
             answers.append(Answer(completion, len(ids), len(prompt), seconds, finish_reason(completion.stop)))
         return answers
-
-    def complete(
-        self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None, efforts: Sequence[str | None] | None = None, *, tuned: bool = True
-    ) -> list[Completion]:
-        """Answer several chats at once, in order, each with its own effort."""
-        asked = [Question(tuple(chat), effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
-        return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
 
     def put_beside(self, adapter: Path, settings: LoraSettings) -> None:
         """From now on `tuned=False` asks with this adapter, the one that a run started from, and no longer the base.

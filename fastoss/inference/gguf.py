@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.config import FormatSettings
-from fastoss.data.conversation import Message, Tool
-from fastoss.data.harmony import Completion, HarmonyRenderer
+from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.tokenizer import SPECIAL, START, encode, token_bytes
 from fastoss.errors import FastossError
+from fastoss.inference.answering import Answering
 from fastoss.inference.llama_cpp import LlamaServer, Stream, check_llama_cpp, running
 from fastoss.inference.reply import Answer, Reply
-from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling, prompt_ids
+from fastoss.inference.sampling import Question, Sampling, prompt_ids
 from fastoss.inference.streaming import Tell, streamed
 from fastoss.inference.turns import Turns
 from fastoss.model.adapter import STAMP, read_stamp
@@ -35,7 +35,7 @@ def is_gguf(name: str) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-class GgufEngine:
+class GgufEngine(Answering):
     """llama.cpp with one file, behind the same words as `Engine`. It has no adapter that could be switched off."""
 
     has_adapter = False
@@ -76,43 +76,24 @@ class GgufEngine:
         """As `Engine.prompt_ids`."""
         return prompt_ids(self.renderer, question, self.context_length)
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling | None = None,
-        reasoning_effort: str | None = None,
-        *,
-        language: ReasoningLanguage | None = None,
-        tuned: bool = True,
-        tools: tuple[Tool, ...] = (),
-        current_date: str | None = None,
-    ) -> Reply:
-        """As `Engine.stream`; a few replies are sampled at once."""
+    def ask(self, question: Question, sampling: Sampling, *, tuned: bool = True) -> Reply:
+        """A few replies are sampled at once."""
         if not tuned:
             raise FastossError("a GGUF file holds tuned weights: there is no adapter to switch off", place="tuned=False", hint="ask the run")
-        prompt = self.prompt_ids(Question(tuple(messages), reasoning_effort, language, tools, current_date))
-        asking = _Asking(self.server, prompt, sampling or Sampling(), self.context_length)
+        prompt = self.prompt_ids(question)
+        asking = _Asking(self.server, prompt, sampling, self.context_length)
         return Reply(lambda reply: streamed(reply, self.turns, lambda tell: asking.sample(reply, tell), asking.cut), len(prompt))
 
     def answers(self, questions: Sequence[Question], sampling: Sampling | None = None, *, tuned: bool = True) -> list[Answer]:
         """Several chats at once, in order. Their `seconds` are their own; each has its own seed, by its place."""
         chosen = sampling or Sampling()
 
-        def answer(place: int, q: Question) -> Answer:
+        def answer(place: int, question: Question) -> Answer:
             seeded = chosen if chosen.seed is None else replace(chosen, seed=chosen.seed + place * 1_000_003)
-            return self.stream(
-                q.messages, seeded, q.reasoning_effort, language=q.language, tuned=tuned, tools=q.tools, current_date=q.current_date
-            ).answer()  # fmt: skip
+            return self.ask(question, seeded, tuned=tuned).answer()
 
         with ThreadPoolExecutor(CHATS) as pool:
             return list(pool.map(answer, range(len(questions)), questions))
-
-    def complete(
-        self, chats: Sequence[Sequence[Message]], sampling: Sampling | None = None, efforts: Sequence[str | None] | None = None, *, tuned: bool = True
-    ) -> list[Completion]:
-        """As `Engine.complete`."""
-        asked = [Question(tuple(chat), effort) for chat, effort in zip(chats, efforts or [None] * len(chats), strict=True)]
-        return [answer.completion for answer in self.answers(asked, sampling, tuned=tuned)]
 
 
 class _Asking:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -82,7 +83,8 @@ def write_recipe(answers: Answers) -> Path:
     say(f"planned for {settings.card}: {precision}, {gib(needed)} ({outlook.plan.source})")
     if method == "reasoning" and not look.reasoning_languages:
         say("no row asks for a reasoning language: let the system text begin with a line such as “reasoning language: German”")
-    say(f"wrote {output}. Then:\n  fastoss check {output}\n  fastoss show {output}\n  fastoss train {output}")
+    file = shlex.quote(str(output))
+    say(f"wrote {output}. Then:\n  fastoss check {file}\n  fastoss show {file}\n  fastoss train {file}")
     return output
 
 
@@ -159,7 +161,7 @@ def _name_of(data: str) -> str:
 
 
 def _refuse_existing(output: Path) -> None:
-    if output.exists():
+    if os.path.lexists(output):
         raise FastossError("the file exists already", place=str(output), hint="give another --output: no file is overwritten")
 
 
@@ -261,7 +263,7 @@ def _fitting(settings: Settings, card: Card, output: Path) -> tuple[str, Outlook
     outlook: Outlook | None = None
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "recipe.toml"
-        draft.write_text(recipe_text(settings, str(output)), encoding="utf-8")
+        draft.write_text(recipe_text(settings, shlex.quote(str(output))), encoding="utf-8")
         recipe = load_recipe(draft)
         dataset = build_dataset(recipe, progress=say)
     for precision in ("4bit",) if card.memory < _SMALL else ("bf16", "mxfp4", "4bit"):
@@ -272,7 +274,7 @@ def _fitting(settings: Settings, card: Card, output: Path) -> tuple[str, Outlook
             break
     assert outlook is not None
     source = settings.source if settings.source.startswith(_HUBS) else os.path.relpath(settings.source, output.resolve().parent)
-    text = recipe_text(replace(settings, source=source), str(output))
+    text = recipe_text(replace(settings, source=source), shlex.quote(str(output)))
     if outlook.plan.fits:
         return text, outlook
     if outlook.fit is None:

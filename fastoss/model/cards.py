@@ -107,15 +107,21 @@ def cards_found(timeout: float = 5.0) -> list[Card]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         # CUDA stops at the first name that is no card, and takes them in the order given.
-        chosen = [[row for row in rows if name.strip() in (row[0], row[1])] for name in visible.split(",")]
+        chosen = [[row for row in rows if _names(name.strip(), row)] for name in visible.split(",")]
         rows = [found[0] for found in chosen[: next((i for i, found in enumerate(chosen) if not found), len(chosen))]]
-    return [_found(name, float(memory)) for _, _, name, memory in rows if re.fullmatch(r"\d+(\.\d+)?", memory)]
+    return [card_called(name, float(memory)) for _, _, name, memory in rows if re.fullmatch(r"\d+(\.\d+)?", memory)]
 
 
-def _found(name: str, mebibytes: float) -> Card:
+def _names(visible: str, row: list[str]) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES means this card: by its number, or by the beginning of its UUID, as CUDA has it."""
+    return visible == row[0] or (visible.startswith("GPU-") and row[1].startswith(visible))
+
+
+def card_called(name: str, mebibytes: float) -> Card:
     """A card with the memory that its driver tells, and the speed of the one it is called after."""
     plain = re.sub(r"[\s_-]+", "-", name.lower())
-    alike = [card for key, card in CARDS.items() if re.search(rf"(^|-){re.escape(key.partition('-')[0])}(-|$)", plain)]
+    # A key may end in what tells two of one kind apart: A100-40 and A100-80, H100 and H100-NVL.
+    alike = [card for key, card in CARDS.items() if re.search(rf"(^|-){re.sub(r'-([0-9]+|nvl)$', '', key)}(-|$)", plain)]
     nearest = min(alike, key=lambda card: abs(card.memory - mebibytes * 2**20), default=None)
     return Card(name, int(mebibytes * 2**20), nearest.flops if nearest else 0.0, nearest.bandwidth if nearest else 0.0, found=True)
 

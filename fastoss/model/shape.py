@@ -126,7 +126,8 @@ def shape_from_config(name: str, config: dict[str, Any]) -> ModelShape:
     """The shape in a gpt-oss config.json. What it leaves out has the published model's value, as in transformers."""
 
     def number(key: str, default: int) -> int:
-        return int(config.get(key, default))
+        value = config.get(key)
+        return default if value is None else int(value)
 
     return ModelShape(
         name=name, hidden=number("hidden_size", 2880), intermediate=number("intermediate_size", 2880), layers=number("num_hidden_layers", 36),

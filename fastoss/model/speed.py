@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fastoss.model.shape import ModelShape
+from fastoss.model.shape import MXFP4, ModelShape
 
-WINDOW = 128  # of every other layer
-# Bytes an expert's weight costs in each pass: MXFP4 is 4 bits and an eighth of a byte's scale for two; "dequantised" writes it
-# in bf16 and reads it again.
-EXPERT_BYTES = {"bf16": 2.0, "float32": 4.0, "mxfp4": 17 / 32, "mxfp4 dequantised": 17 / 32 + 4}
+# Bytes an expert's weight costs in each pass; "dequantised" writes it in bf16 and reads it again.
+EXPERT_BYTES = {"bf16": 2.0, "float32": 4.0, "mxfp4": MXFP4, "mxfp4 dequantised": MXFP4 + 4}
 
 
 class Speed(Protocol):
@@ -43,11 +41,15 @@ class Work:
     head_products: int = 2
 
 
+def as_computed(precision: str) -> str:
+    """How the experts of a recipe's `model.precision` reach the products, as `Work` calls it: packed ones are unpacked."""
+    return "mxfp4 dequantised" if precision in ("4bit", "mxfp4") else precision
+
+
 def flops_a_token(shape: ModelShape, work: Work) -> float:
     again = 1 if work.recompute else 0
-    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    frozen = shape.layers * (_attention_weights(shape) + shape.active_experts * _expert_weights(shape))
-    lora = shape.layers * work.rank * (2 * (shape.hidden + queries) + 2 * (shape.hidden + keys))
+    frozen = shape.layers * (_attention_weights(shape) + shape.active_experts * shape.expert_matrices)
+    lora = shape.layers * work.rank * (2 * (shape.hidden + shape.queries) + 2 * (shape.hidden + shape.keys))
     lora += shape.layers * shape.active_experts * work.rank * (shape.hidden + 2 * shape.intermediate + shape.intermediate + shape.hidden)
     head = work.trained * work.head_products * shape.hidden * shape.vocabulary
     # Flash attention's backward has five products where the forward has two.
@@ -61,23 +63,22 @@ def attention_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
         ramp = min(length, window)
         return ramp * (ramp + 1) / 2 + (length - ramp) * window
 
-    seen = sum(pairs(length, length) + pairs(length, WINDOW) for length in lengths) * shape.layers / 2
-    return 4 * shape.heads * shape.head_dim * seen / sum(lengths)
+    seen = sum(pairs(length, length) + pairs(length, shape.window) for length in lengths) * shape.layers / 2
+    return 4 * shape.queries * seen / sum(lengths)
 
 
 def weight_bytes(shape: ModelShape, work: Work) -> float:
     """Read in one micro-batch: all experts, since a micro-batch of any size reaches all of them."""
     passes = 3 if work.recompute else 2
     plain = 4.0 if work.precision == "float32" else 2.0
-    experts = shape.layers * shape.experts * _expert_weights(shape) * EXPERT_BYTES[work.precision]
+    experts = shape.layers * shape.experts * shape.expert_matrices * EXPERT_BYTES[work.precision]
     return passes * (experts + plain * shape.layers * _attention_weights(shape)) + work.head_products * plain * shape.hidden * shape.vocabulary
 
 
 def activation_bytes_a_token(shape: ModelShape, work: Work) -> float:
     """Written and read in bf16 if every block were one ideal kernel: rows gathered for the experts, their inner widths, and the attention's."""
-    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     experts = shape.active_experts * 2 * (4 * shape.hidden + 6 * shape.intermediate)
-    attention = 2 * (6 * shape.hidden + 4 * queries + 4 * keys)
+    attention = 2 * (6 * shape.hidden + 4 * shape.queries + 4 * shape.keys)
     return shape.layers * (experts + attention) * (4 if work.recompute else 3)  # the backward moves twice as much as the forward
 
 
@@ -90,8 +91,4 @@ def tokens_a_second(shape: ModelShape, work: Work, card: Speed) -> dict[str, flo
 
 def _attention_weights(shape: ModelShape) -> int:
     """And the router."""
-    return 2 * shape.hidden * shape.head_dim * (shape.heads + shape.key_value_heads) + shape.hidden * shape.experts
-
-
-def _expert_weights(shape: ModelShape) -> int:
-    return 3 * shape.hidden * shape.intermediate
+    return shape.attention_matrices + shape.hidden * shape.experts

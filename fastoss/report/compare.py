@@ -8,7 +8,7 @@ from typing import Any
 
 from fastoss.report.curves import Entry, speeds
 from fastoss.report.drawing import BLUE, BROWN, GREEN, ORANGE, PINK, Panel, Series
-from fastoss.report.examples import section, words
+from fastoss.report.examples import LONG, section, words
 from fastoss.report.facts import Facts
 from fastoss.report.html import Html, join, page, tag
 from fastoss.report.page import footer
@@ -178,4 +178,5 @@ def _answers_part(runs: Sequence[Facts], names: Sequence[str]) -> Html | None:
 
 def _answer(reply: dict[str, Any]) -> list[Html]:
     folded = [tag("details", tag("summary", "reasoning"), words(reply["thinking"]), class_="reasoning")] if reply.get("thinking") else []
-    return [*folded, words(str(reply.get("content") or "(no answer)")[:1600])]
+    content = str(reply.get("content") or "(no answer)")
+    return [*folded, words(content if len(content) <= LONG else f"{content[:LONG]}…")]

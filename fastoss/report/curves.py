@@ -9,8 +9,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from fastoss.errors import FastossError
 from fastoss.report.drawing import BLUE, BROWN, GREEN, INK, ORANGE, PINK, Mark, Panel, Series, drawn, to_png, to_svg
-from fastoss.run import RunDirectory, read_json, write_whole
+from fastoss.run import RunDirectory, read_json, read_lines, write_whole
 
 Entry = dict[str, Any]  # a line of metrics.jsonl
 _CHANNELS = (("analysis", "loss_analysis", GREEN), ("commentary", "loss_commentary", BROWN), ("final", "loss_final", PINK))
@@ -34,7 +35,7 @@ def read_metrics(run: RunDirectory) -> list[Entry]:
     """The lines of `metrics.jsonl` in order: steps, evaluations, and what ended a run. A line that a kill tore is passed over."""
     entries = []
     if run.metrics.is_file():
-        for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(run.metrics):
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -130,5 +131,10 @@ def heading(run: RunDirectory, entries: Sequence[Entry]) -> str:
     return " · ".join(told)
 
 
-def _manifest(run: RunDirectory) -> Any:
-    return read_json(run.manifest) if run.manifest.is_file() else {}
+def _manifest(run: RunDirectory) -> dict[str, Any]:
+    """What it says of the run's starts; damaged or missing, it says nothing."""
+    try:
+        found = read_json(run.manifest)
+    except FastossError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ from fastoss.report.story import is_expected
 
 _SHOWN = 8  # samples in the open; the others unfold
 _NOISE = 240  # characters of a malformed reply (an untrained model's noise) that are in the open
-_LONG = 1_600
+LONG = 1_600  # and of any other
 _TOKEN = re.compile(r"<\|[a-z_]+\|>")
 _NAMES = ("system", "developer", "user", "tool", "assistant", "analysis", "commentary", "final")  # colours of the page's style
 
@@ -70,7 +70,7 @@ def _reply(title: str, whose: str, entry: dict[str, Any], reply: dict[str, Any] 
     thinking = reply.get("thinking")
     folded = tag("details", tag("summary", f"reasoning, {len(thinking):,} characters"), words(thinking), class_="reasoning") if thinking else None
     content = reply.get("content") or ""
-    limit = _NOISE if problems else _LONG
+    limit = _NOISE if problems else LONG
     shown = words(content[:limit] + ("…" if len(content) > limit else "")) if content else tag("p", "(no answer)", class_="muted")
     rest = tag("details", tag("summary", f"all {len(content):,} characters"), words(content)) if len(content) > limit else None
     return tag("div", head, folded, shown, rest, class_="reply" + (" after" if title == "After" else ""))

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastoss.errors import FastossError
 from fastoss.report.curves import Entry, read_metrics, resumed_after
-from fastoss.run import RunDirectory, file_lock, read_json
+from fastoss.run import RunDirectory, file_lock, read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -146,21 +146,18 @@ def read_facts(run: RunDirectory) -> Facts:
         return found
 
     samples = []
-    for line in _lines(run.samples):
+    for line in read_lines(run.samples) if run.samples.is_file() else ():
         try:
             samples.append(json.loads(line))
         except ValueError:
             damaged.append(run.samples.name)
             break
+    log = run.log.read_text(encoding="utf-8", errors="replace").splitlines() if run.log.is_file() else []
     return Facts(
         run=run, recipe=plain(run.resolved_recipe), manifest=plain(run.manifest), entries=read_metrics(run), samples=samples,
-        profile=plain(run.profile), plan=plain(run.root / "plan.json"), evaluation=plain(run.evaluation), log=_lines(run.log),
+        profile=plain(run.profile), plan=plain(run.root / "plan.json"), evaluation=plain(run.evaluation), log=log,
         training=_is_locked(run), damaged=damaged,
     )  # fmt: skip
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def _is_locked(run: RunDirectory) -> bool:

@@ -16,7 +16,7 @@ from fastoss.report.feed import data_part
 from fastoss.report.html import Html, join, page, tag
 from fastoss.report.plot import figure
 from fastoss.report.story import interruptions, model_name, sentences
-from fastoss.terminal import duration, size
+from fastoss.terminal import disk_size, duration, size
 
 _BADGES = {"finished": "good", "failed": "bad", "killed": "bad", "stopped": "warn", "unfinished": "warn", "training": "warn"}
 
@@ -56,7 +56,8 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.first_loss is not None and facts.last_loss is not None:
         yield f"{facts.first_loss:.3g} → {facts.last_loss:.3g}", "training loss"
     if facts.evaluations:
-        yield f"{facts.evaluations[0]['eval_loss']:.3g} → {facts.evaluations[-1]['eval_loss']:.3g}", "held-out loss"
+        losses = [entry["eval_loss"] for entry in facts.evaluations]
+        yield (f"{losses[0]:.3g} → {losses[-1]:.3g}" if len(losses) > 1 else f"{losses[0]:.3g}"), "held-out loss"
         share = facts.evaluations[-1].get("eval_rewards/accuracies")
         if share is not None:
             yield f"{100 * share:.0f} %", "of held-out pairs: chosen preferred"
@@ -103,7 +104,7 @@ def _plan_part(facts: Facts) -> Html | None:
         return None
     measured = plan.get("measured") or {}
     rows = [tag("tr", tag("th", ""), *(tag("th", name, class_="number") for name in ("planned", "measured", "difference")))]
-    for key, label, show in (("peak_bytes", "peak memory", size), ("disk_bytes", "disk", size), ("seconds", "time", duration)):
+    for key, label, show in (("peak_bytes", "peak memory", size), ("disk_bytes", "disk", disk_size), ("seconds", "time", duration)):
         expected, found = plan.get(key), measured.get(key)
         if expected is None and found is None:
             continue

@@ -6,7 +6,6 @@ Every run leaves one JSON in `results/`; `bench_report.py` makes of them the tab
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from typing import Any
 from fastoss.config import Recipe, resolved_dict
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FastossError, RunFailed, Stopped
 from fastoss.model.adapter import library_versions
-from fastoss.run import RunDirectory, file_lock, read_json, write_json
+from fastoss.run import RunDirectory, file_lock, read_json, read_json_lines, write_json
 from fastoss.training.bench_plan import Contestant, plan_contestants, write_recipe
 from fastoss.training.bench_report import median, rate, write_report
 from fastoss.training.progress import Console, duration
@@ -114,7 +113,7 @@ def _run(contestant: Contestant, repeat: int, output: Path, sample: bool, consol
             _end(process)
             raise
     _check_exit(code, contestant, log)
-    steps = [entry for entry in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()) if "loss" in entry]
+    steps = [entry for entry in read_json_lines(run.metrics) if "loss" in entry]
     assert len(steps) == len(contestant.work.tokens), f"{len(steps)} of {len(contestant.work.tokens)} steps in {run.metrics}"
     ends = [0.0, *(entry["seconds"] for entry in steps)]
     manifest = read_json(run.manifest)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastoss.errors import FastossError, RunFailed
 from fastoss.run import RunDirectory, size_of
+from fastoss.terminal import disk_size
 
 _MARGIN = 64 * 2**20  # logs, metrics, samples, and what the file system itself needs
 HINT = "free some space, or keep fewer checkpoints (checkpoint.keep); run the same command again to resume from the last checkpoint"
@@ -24,7 +25,7 @@ def check_room(run: RunDirectory, trained_parameters: int, keep: int) -> int:
     free = shutil.disk_usage(run.root).free
     there = size_of(run.checkpoints) if run.checkpoints.is_dir() else 0  # a resumed run has some of it already
     if free + there < needed:
-        fact = f"{size(needed)} are needed for checkpoints and adapter, {size(free)} are free on this disk"
+        fact = f"{disk_size(needed)} are needed for checkpoints and adapter, {disk_size(free)} are free on this disk"
         raise FastossError(fact, place=str(run.root), hint="free some space, choose another place with --output, or lower checkpoint.keep")
     return needed
 
@@ -37,10 +38,5 @@ def disk_full(problem: BaseException, folder: Path, needed: int, what: str) -> R
     # torch's writer tells of a write that failed, and not why.
     if not said and not (isinstance(problem, RuntimeError) and free < max(needed, 2**20)):
         return None
-    wanted = f"{what} needs {size(needed)}" if needed else f"{what} could not be written"
-    return RunFailed(f"the disk is full: {wanted}, {size(free)} are free", place=str(folder), hint=HINT)
-
-
-def size(count: int) -> str:
-    """`1.4 GB`, `12.0 MB`, in units of 10⁹ and 10⁶ bytes."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    wanted = f"{what} needs {disk_size(needed)}" if needed else f"{what} could not be written"
+    return RunFailed(f"the disk is full: {wanted}, {disk_size(free)} are free", place=str(folder), hint=HINT)

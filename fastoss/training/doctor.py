@@ -11,7 +11,7 @@ from typing import Literal
 from fastoss.config import recipe_from_resolved
 from fastoss.errors import FastossError
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
-from fastoss.run import RunDirectory, file_lock, read_json
+from fastoss.run import RunDirectory, file_lock, read_json, read_lines
 from fastoss.training.checkpoint import checkpoint_fault, list_checkpoints
 
 
@@ -59,7 +59,7 @@ def _metrics(run: RunDirectory) -> Iterator[Finding]:
         yield Finding("metrics.jsonl", "note", "not there yet")
         return
     steps, torn, failed = [], 0, None
-    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_lines(run.metrics):
         try:
             entry = json.loads(line)
             steps += [int(entry["step"])] if "loss" in entry else []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastoss.config import Recipe
+from fastoss.data.units import Units
 from fastoss.errors import FastossError
 from fastoss.model.backend import ModelPlan
 from fastoss.model.cards import Card
@@ -43,20 +45,25 @@ class Fit:
     bytes: int
 
 
-def find_fit(recipe: Recipe, model: ModelPlan, card: Card, lengths: list[int], ranks: int) -> Fit | None:
-    """The changes that make a recipe fit on `card`; None where all of them together do not. `lengths` of its units in tokens.
+# How many rows there are of each size: tokens as it is trained (of a pair both sides), and of its longest example, which max_length is about.
+Rows = Counter[tuple[int, int]]
+
+
+def find_fit(recipe: Recipe, model: ModelPlan, card: Card, units: Units, ranks: int) -> Fit | None:
+    """The changes that make a recipe fit on `card`; None where all of them together do not.
 
     They are tried in the order of what they cost the trained model, each on top of those before it. What turns out not to be
     needed, or not that far, is taken back, the costliest first.
     """
+    rows = _rows(recipe, units)
     state, tried = recipe, dict[str, list[list[Change]]]()
-    for name, step in _steps(recipe, model, lengths, ranks):
-        if _needed(state, model, lengths, ranks) <= card.memory:
+    for name, step in _steps(recipe, model, rows, ranks):
+        if _needed(state, model, rows, ranks) <= card.memory:
             break
         if found := step(state):
             tried.setdefault(name, []).append(found)
             state = _with(state, found)
-    if _needed(state, model, lengths, ranks) > card.memory:
+    if _needed(state, model, rows, ranks) > card.memory:
         return None
     chosen = {name: steps[-1] for name, steps in tried.items()}
     for name in reversed(tried):
@@ -65,36 +72,60 @@ def find_fit(recipe: Recipe, model: ModelPlan, card: Card, lengths: list[int], r
             attempt = recipe
             for changes in less.values():
                 attempt = _with(attempt, changes)
-            if _is_sound(attempt) and _needed(attempt, model, lengths, ranks) <= card.memory:
+            if _is_sound(attempt, rows) and _needed(attempt, model, rows, ranks) <= card.memory:
                 chosen, state = less, attempt
                 break
     changes = [replace(change, old=_value(recipe, change.key)) for group in chosen.values() for change in group]
-    return Fit(changes, _needed(state, model, lengths, ranks))
+    return Fit(changes, _needed(state, model, rows, ranks))
 
 
-def _is_sound(recipe: Recipe) -> bool:
-    """Whether a batch holds the longest row, as the recipe's own check wants it."""
+def _rows(recipe: Recipe, units: Units) -> Rows:
+    """Of SFT the examples: a chat's tree that a smaller batch cannot hold is trained in pieces."""
+    lengths = units.examples.lengths
+    if recipe.method != "dpo":
+        return Counter((length, length) for length in lengths)
+    return Counter(zip(units.lengths, map(max, lengths[::2], lengths[1::2]), strict=True))
+
+
+def _kept(recipe: Recipe, rows: Rows) -> Counter[int]:
+    """By their tokens the rows that max_length leaves, shortened where the recipe has them shortened."""
+    limit, shortens = recipe.model.max_length, recipe.hygiene.over_length == "truncate_left_turns"
+    kept = Counter[int]()
+    for (size, longest), count in rows.items():
+        if longest <= limit or shortens:
+            kept[size if longest <= limit else size * limit // longest] += count
+    return kept or Counter({limit: 1})
+
+
+def _smallest_batch(recipe: Recipe, rows: Rows) -> int:
+    """The tokens that a batch must hold: a row of max_length, as the recipe's own check wants it, and each pair."""
+    return max(recipe.model.max_length, *_kept(recipe, rows))
+
+
+def _is_sound(recipe: Recipe, rows: Rows) -> bool:
     tokens = recipe.train.tokens_per_batch
-    return tokens is None or tokens >= recipe.model.max_length or recipe.method == "dpo"
+    return tokens is None or tokens >= _smallest_batch(recipe, rows)
 
 
-def _steps(recipe: Recipe, model: ModelPlan, lengths: list[int], ranks: int) -> list[tuple[str, Callable[[Recipe], list[Change]]]]:
-    longest = max(lengths, default=16)
+def _steps(recipe: Recipe, model: ModelPlan, rows: Rows, ranks: int) -> list[tuple[str, Callable[[Recipe], list[Change]]]]:
+    longest = max(length for _, length in rows)
 
     def recompute(state: Recipe) -> list[Change]:
         on = state.train.recompute == "full" or (state.train.recompute == "auto" and model.device == "gpu")
         return [] if on else [Change("train.recompute", state.train.recompute, "full", "no quality; by arithmetic two fifths more time")]
 
     def smaller_batch(state: Recipe) -> list[Change]:
-        """Half of it, and twice the accumulation: the same global batch."""
+        """Half of it (of an odd number of rows a single one), and as much more accumulation: the same global batch."""
         train, per_step = state.train, state.train.gradient_accumulation_steps
-        more = Change("train.gradient_accumulation_steps", per_step, 2 * per_step, "the same batch in more pieces")
+        count = train.per_device_train_batch_size or 1
+        parts = count if train.tokens_per_batch is None and count % 2 else 2
+        more = Change("train.gradient_accumulation_steps", per_step, parts * per_step, "the same batch in more pieces")
         if train.tokens_per_batch is None:
-            rows = train.per_device_train_batch_size or 1
-            return [] if rows < 2 else [Change("train.per_device_train_batch_size", rows, rows // 2, "no quality"), more]
+            return [] if count < 2 else [Change("train.per_device_train_batch_size", count, count // parts, "no quality"), more]
         half = train.tokens_per_batch // 2
-        floor = max(longest, state.model.max_length)
-        return [] if half < floor else [Change("train.tokens_per_batch", train.tokens_per_batch, half, "no quality, a little speed"), more]
+        if half < _smallest_batch(state, rows):
+            return []
+        return [Change("train.tokens_per_batch", train.tokens_per_batch, half, "no quality, a little speed"), more]
 
     def unused_length(state: Recipe) -> list[Change]:
         """max_length above the longest row only keeps the batch from getting smaller."""
@@ -105,10 +136,10 @@ def _steps(recipe: Recipe, model: ModelPlan, lengths: list[int], ranks: int) -> 
 
     def shorter(state: Recipe) -> list[Change]:
         length = state.model.max_length // 2
-        if length < 512:
+        over = sum(count for (_, longest), count in rows.items() if longest > length)
+        if length < 512 or over == rows.total() or (over and recipe.hygiene.over_length == "error"):
             return []
-        over = sum(count > length for count in lengths)
-        return [Change("model.max_length", state.model.max_length, length, f"{over:,} of {len(lengths):,} rows are longer")]
+        return [Change("model.max_length", state.model.max_length, length, f"{over:,} of {rows.total():,} rows are longer")]
 
     def fewer_layers(state: Recipe) -> list[Change]:
         layers = shape_of(recipe.model.name).layers
@@ -158,14 +189,14 @@ def _value(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-def _needed(recipe: Recipe, model: ModelPlan, lengths: list[int], ranks: int) -> int:
-    """Bytes on the card with a full micro-batch. Rows over max_length are not in it."""
-    kept = [length for length in lengths if length <= recipe.model.max_length] or [recipe.model.max_length]
+def _needed(recipe: Recipe, model: ModelPlan, rows: Rows, ranks: int) -> int:
+    """Bytes on the card with a full micro-batch."""
+    kept = _kept(recipe, rows)
     longest = max(kept)
     if recipe.train.tokens_per_batch is not None:
-        tokens = min(max(recipe.train.tokens_per_batch, longest), sum(kept))
+        tokens = min(max(recipe.train.tokens_per_batch, longest), sum(size * count for size, count in kept.items()))
     else:
-        tokens = longest * min(recipe.train.per_device_train_batch_size or 1, len(kept))
+        tokens = longest * min(recipe.train.per_device_train_batch_size or 1, kept.total())
     changed = ModelPlan(model.backend, model.source, _precision(recipe, model), model.device)
     shape, setting = shape_of(recipe.model.name), setting_of(recipe, changed, ranks)
     return plan_memory(shape, setting, MicroBatch([tokens]), constants()).card_bytes
@@ -197,7 +228,7 @@ def write_fit(path: Path, fit: Fit, recipe_path: Path) -> Path:
     """The recipe with the changes in it, as a new file at `path`, comments kept. Raises `FastossError` when there is one."""
     if path.exists():
         raise FastossError("the file exists already", place=str(path), hint="move it away: --fit overwrites no file")
-    text = recipe_path.read_text(encoding="utf-8")
+    text = recipe_path.read_text(encoding="utf-8-sig")
     for change in fit.changes:
         text = set_value(text, change.key, change.new, place=str(recipe_path))
     tomllib.loads(text)

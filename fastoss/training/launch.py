@@ -24,8 +24,8 @@ _LAST_WORDS_S = 60  # process 0 writes the run's report and how it ended
 
 def check_gpus(gpus: int, *, available: int) -> None:
     """`FastossError` when more processes are asked for than there are GPUs (with none, processes share the CPU)."""
-    if gpus < 1 or (available and gpus > available):
-        raise FastossError(f"this machine has {available} GPUs", place=f"--gpus {gpus}", hint=f"ask for 1 to {max(1, available)}")
+    if available and gpus > available:
+        raise FastossError(f"this machine has {available} GPUs", place=f"--gpus {gpus}", hint=f"ask for 1 to {available}")
 
 
 def check_rendezvous(nodes: int, rendezvous: str | None) -> str:

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
+from fastoss.errors import FastossError
 from fastoss.model.cards import GIB, Card, cards_found
 from fastoss.run import cache_folder
 
@@ -67,7 +69,7 @@ def _cards(cards: list[Card]) -> Iterator[Line]:
     if not cards:
         there = shutil.which("nvidia-smi") is not None
         told = "nvidia-smi finds none that this process may use" if there else "none: gpt-oss-20b cannot be trained here, the tiny model can"
-        yield Line("GPU", "broken" if there and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "absent", told)
+        yield Line("GPU", "broken" if there and "CUDA_VISIBLE_DEVICES" not in os.environ else "absent", told)  # else hidden on purpose
         return
     for number, card in enumerate(cards):
         small = card.memory < 22 * GIB
@@ -82,7 +84,12 @@ def _cards(cards: list[Card]) -> Iterator[Line]:
 
 
 def _disk() -> Iterator[Line]:
-    for name, folder in (("disk of the cache", cache_folder()), ("disk here", Path.cwd())):
+    places = [("disk here", Path.cwd())]
+    try:
+        places = [("disk of the cache", cache_folder()), *places]
+    except FastossError as problem:
+        yield Line("disk of the cache", "broken", f"{problem.place}: {problem.fact}", problem.hint)
+    for name, folder in places:
         there = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
@@ -95,8 +102,10 @@ def _disk() -> Iterator[Line]:
 
 def _hub() -> Iterator[Line]:
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    address = urlparse(endpoint)
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    address, through = urlparse(endpoint), ""
+    if (proxy := getproxies().get(address.scheme)) and not proxy_bypass(address.hostname or ""):
+        address, through = urlparse(proxy if "://" in proxy else f"http://{proxy}"), " through the proxy that is set"
     if offline:
         yield Line("hub", "absent", "HF_HUB_OFFLINE is set: only what is in the cache can be loaded")
     else:
@@ -104,10 +113,10 @@ def _hub() -> Iterator[Line]:
         try:
             with socket.create_connection((address.hostname or "", address.port or (80 if address.scheme == "http" else 443)), timeout=_HUB_SECONDS):
                 pass
-            yield Line("hub", "ok", f"{endpoint} answers in {1000 * (time.monotonic() - begun):.0f} ms")
+            yield Line("hub", "ok", f"{endpoint}{through} answers in {1000 * (time.monotonic() - begun):.0f} ms")
         except (OSError, ValueError, UnicodeError) as problem:
             fix = "HF_ENDPOINT names another hub, HTTPS_PROXY a proxy; or give a local folder as model.name"
-            yield Line("hub", "absent", f"{endpoint} cannot be reached ({type(problem).__name__})", fix)
+            yield Line("hub", "absent", f"{endpoint} cannot be reached{through} ({type(problem).__name__})", fix)
     folder = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub")
     kept = sorted(path.name.removeprefix("models--").replace("--", "/") for path in folder.glob("models--*gpt-oss*")) if folder.is_dir() else []
     yield Line("hub's cache", "ok" if kept else "absent", ", ".join(kept) or "holds no gpt-oss: the first run downloads 12 to 42 GB")

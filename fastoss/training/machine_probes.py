@@ -161,6 +161,9 @@ def reduce(kind: str) -> None:
     """One rank of the all-reduce."""
     import torch
 
+    from fastoss.training.signals import end_with_parent
+
+    end_with_parent()  # a reduction that hangs must not hold the cards once nobody waits for it
     rank = int(os.environ["RANK"])
     if kind == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

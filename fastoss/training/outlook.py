@@ -49,7 +49,7 @@ def judge(recipe: Recipe, dataset: Dataset, *, card: str | None = None, price: f
     plan = plan_run(recipe, model, dataset, layout, units, schedule, ranks=ranks, card=found)
     fit = None
     if plan.card is not None and not plan.fits:
-        fit = find_fit(recipe, model, plan.card, units.lengths, ranks)
+        fit = find_fit(recipe, model, plan.card, units, ranks)
     return Outlook(plan, fit, price)
 
 
@@ -64,6 +64,8 @@ def write_fitting(outlook: Outlook, recipe_path: Path, overrides: list[str]) -> 
         assert outlook.plan.card is not None
         raise FastossError(f"no setting of a recipe makes it fit on {outlook.plan.card.line()}", place=str(recipe_path), hint="name a larger --card")
     path = write_fit(recipe_path.with_name(f"{recipe_path.stem}-fit.toml"), outlook.fit, recipe_path)
+    changed = {change.key for change in outlook.fit.changes}
+    overrides = [override for override in overrides if override.partition("=")[0].strip() not in changed]  # these it holds, made to fit
     try:
         load_recipe(path, overrides)
     except FastossError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastoss import terminal
 from fastoss.report.curves import write_curves
-from fastoss.run import RunDirectory, write_whole
+from fastoss.run import RunDirectory, read_lines, write_whole
 from fastoss.terminal import duration as duration
 
 
@@ -83,7 +83,7 @@ class MetricsFile:
         self.best: dict[str, Any] | None = None  # the lowest held-out loss so far, and its step
         kept = []
         if resume_step and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in read_lines(path):
                 try:
                     entry = json.loads(line)
                 except ValueError:

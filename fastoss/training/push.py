@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from fastoss.config import Recipe
 from fastoss.errors import FastossError
 from fastoss.run import RunDirectory
@@ -40,6 +42,6 @@ def push_adapter(recipe: Recipe, run: RunDirectory, console: Console) -> None:
         console.say(f"pushed: {address}")
     except Exception as problem:
         fact = problem.fact if isinstance(problem, FastossError) else f"{type(problem).__name__}: {problem}".splitlines()[0]
-        again = f"fastoss push {run.root}" if made else f"fastoss export {run.root} --format {_ADAPTER} --push '{repo}'"
-        named = f" --repo '{repo}'" if made and recipe.hub.repo is None else ""
-        console.say(f"note: the adapter was not pushed: {fact}; it is whole, and this pushes it: {again}{named}")
+        named = ["--repo", repo] if recipe.hub.repo is None else []
+        again = ["push", str(run.root), *named] if made else ["export", str(run.root), "--format", _ADAPTER, "--push", repo]
+        console.say(f"note: the adapter was not pushed: {fact}; it is whole, and this pushes it: {shlex.join(['fastoss', *again])}")

@@ -15,16 +15,15 @@ from fastoss.data.packing import Layout, Schedule
 from fastoss.data.report import counted
 from fastoss.data.units import Units
 from fastoss.model.backend import ModelPlan
-from fastoss.model.cards import Card
+from fastoss.model.cards import GIB, Card
 from fastoss.model.checkpoint_source import read_config
 from fastoss.model.plan import MemoryPlan, MicroBatch, Setting, cpu_layer_bytes, plan_memory
 from fastoss.model.plan_constants import IDEAL, Constants, constants
 from fastoss.model.shape import ModelShape, shape_of
-from fastoss.model.speed import Work, tokens_a_second
+from fastoss.model.speed import Work, as_computed, tokens_a_second
 from fastoss.run import RunDirectory, read_json, size_of, write_json
+from fastoss.terminal import disk_size, rough_duration
 from fastoss.training.batches import steps_of
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class RunPlan:
             parts = {name: size for name, size in parts.items() if name not in small} | {"the rest": sum(parts[name] for name in small)}
         lines += [f"  {name:<34}{gib(size):>9}" for name, size in parts.items()]
         lines += [f"  at another time: {name} {gib(size)}" for name, size in self.memory.others.items()]
-        disk = " · ".join(f"{name} {gb(size)}" for name, size in self.disk.items())
-        later = " · ".join(f"{name} {gb(size)}" for name, size in self.later.items())
+        disk = " · ".join(f"{name} {disk_size(size)}" for name, size in self.disk.items())
+        later = " · ".join(f"{name} {disk_size(size)}" for name, size in self.later.items())
         lines.append(f"disk: {disk}; if exported: {later}")
         lines.append(f"{self.tokens:,} tokens in {counted(self.steps, 'step')}{self._time(price)}")
         return [*lines, *self.verdict()]
@@ -108,7 +107,7 @@ class RunPlan:
     def _time(self, price: float | None) -> str:
         if self.seconds is None:
             return ""
-        text = f", about {hours(self.seconds)} ({self.source})"
+        text = f", about {rough_duration(self.seconds)} ({self.source})"
         return text if price is None else f"{text}, which costs {self.cost(price):,.2f} at {price:g} for a card and hour"
 
     def verdict(self) -> list[str]:
@@ -137,7 +136,7 @@ def plan_run(
     plan = RunPlan(
         card=card, ranks=ranks, memory=plan_memory(shape, setting, batch, found), least=0, batch_tokens=batch.tokens,
         trained=trained,
-        disk=_disk(recipe, trained, steps), later=_exports(shape, trained), tokens=tokens, steps=steps, seconds=None,
+        disk=_disk(recipe, trained, steps, len(schedule.epoch_ends)), later=_exports(shape, trained), tokens=tokens, steps=steps, seconds=None,
         source=found.note() if model.device == "gpu" else "in float32",
     )  # fmt: skip
     # With on_oom = "split" a micro-batch may be cut down to its longest document.
@@ -179,10 +178,10 @@ def largest_batch(shape: ModelShape, setting: Setting, layout: Layout, recipe: R
     return MicroBatch([longest // 2] * (2 * len(members)) if recipe.method == "dpo" else [longest] * len(members))
 
 
-def _disk(recipe: Recipe, trained: int, steps: int) -> dict[str, int]:
+def _disk(recipe: Recipe, trained: int, steps: int, epochs: int) -> dict[str, int]:
     """Of the run directory at its end: 12 bytes a trained parameter for a checkpoint (adapter and AdamW's moments), 4 for the adapter."""
     every = recipe.checkpoint.every
-    there = recipe.checkpoint.keep if every == "epoch" else min(recipe.checkpoint.keep, -(-steps // every))
+    there = min(recipe.checkpoint.keep, epochs if every == "epoch" else -(-steps // every))
     return {f"{there} checkpoints" if there != 1 else "1 checkpoint": there * 12 * trained, "adapter": 4 * trained}
 
 
@@ -196,8 +195,8 @@ def _seconds(shape: ModelShape, setting: Setting, batch: MicroBatch, tokens: int
     """About how long the steps take; None where nothing tells (a processor, an unnamed card, a model too small to fill one)."""
     if card is None or not card.flops or shape.total < 1e9:
         return None
-    kind = {"4bit": "mxfp4 dequantised", "mxfp4": "mxfp4 dequantised"}.get(setting.precision, setting.precision)
-    work = Work(batch.documents, trained=share, micro_batch=batch.tokens, recompute=setting.recompute, rank=setting.lora.r, precision=kind)
+    precision = as_computed(setting.precision)
+    work = Work(batch.documents, trained=share, micro_batch=batch.tokens, recompute=setting.recompute, rank=setting.lora.r, precision=precision)
     return tokens / (tokens_a_second(shape, work, card)["with_traffic"] * found.speed * setting.ranks)
 
 
@@ -219,19 +218,11 @@ def note_measured(run: RunDirectory, plan: RunPlan, *, peak_bytes: int, seconds:
     before = _measured(run).get("measured", {"peak_bytes": 0, "seconds": 0.0})
     peak, taken, disk = max(peak_bytes, before["peak_bytes"]), seconds + before["seconds"], size_of(run.root)
     write_json(run.plan, plan.to_plain() | {"measured": {"peak_bytes": peak, "seconds": round(taken, 1), "disk_bytes": disk}})
-    time = f"time {hours(plan.seconds)} planned, {hours(taken)} measured; " if plan.seconds is not None else ""
-    return f"memory {gib(plan.memory.peak)} planned, {gib(peak)} measured; {time}disk {gb(plan.disk_bytes)} planned, {gb(disk)} measured"
+    time = f"time {rough_duration(plan.seconds)} planned, {rough_duration(taken)} measured; " if plan.seconds is not None else ""
+    return (
+        f"memory {gib(plan.memory.peak)} planned, {gib(peak)} measured; {time}disk {disk_size(plan.disk_bytes)} planned, {disk_size(disk)} measured"
+    )
 
 
 def gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
-
-
-def gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def hours(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -21,7 +21,7 @@ from fastoss.inference.reply import Answer
 from fastoss.inference.sampling import Question as Asked
 from fastoss.inference.sampling import asked_language
 from fastoss.model.backend import ModelPlan, ready_for_inference, ready_for_training
-from fastoss.run import RunDirectory, write_whole
+from fastoss.run import RunDirectory, read_json_lines, write_whole
 from fastoss.terminal import working
 from fastoss.training.progress import Console, rank
 
@@ -69,7 +69,7 @@ class Samples:
         if not self.questions or rank() != 0:
             return
         if self.run.samples.is_file():
-            entries = [json.loads(line) for line in self.run.samples.read_text(encoding="utf-8").splitlines()]
+            entries = read_json_lines(self.run.samples)
             limit = self.recipe.samples.max_new_tokens
             known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"], entry.get("start")) for entry in entries]
             if known == [(self._shown(q), q.reasoning_effort, limit, self.start) for q in self.questions]:
@@ -123,7 +123,8 @@ class Samples:
 
     def suggestion(self) -> str:
         """A question for the first chat: one that the model has seen alone, if there is one."""
-        alone = [q for q in self.questions if len(q.messages) == 1 and not q.held_out and '"' not in q.messages[0].content]
+        # A row's text goes into a line that people copy into their shell: none that means something else there.
+        alone = [q for q in self.questions if len(q.messages) == 1 and not q.held_out and not set('"$`\\!\n') & set(q.messages[0].content)]
         asked = next((q for q in alone if q.expected), alone[0] if alone else None)
         return f' --prompt "{asked.messages[0].content}"' if asked else ""
 

@@ -77,8 +77,16 @@ def combinations(recipe: Path, changes: Sequence[str], sweeps: Sequence[str]) ->
             raise FastossError("the runs of a sweep get their names from its values", place=f"--array {sweep}", hint="sweep over another key")
         axes.append([f"{key.strip()}={json.dumps(value, ensure_ascii=False, default=str)}" for value in values])
     found = [list(combination) for combination in itertools.product(*axes)]
+    names: set[str] = set()
     for combination in found:
         load_recipe(recipe, [*changes, *combination])
+        run = sweep_name("", combination)
+        if run in names:  # what may not stand in a folder's name is left out of it
+            fact = f"two jobs would train in the same folder, runs/…{run}"
+            raise FastossError(
+                fact, place=f"--array {sweeps[0]}", hint="sweep over values that differ in letters and digits, or write a script for each"
+            )
+        names.add(run)
     return found
 
 

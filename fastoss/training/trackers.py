@@ -7,7 +7,6 @@ it, and leaves out what it holds already. A tracker that fails is dropped with a
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.config import LogSettings, Recipe, resolved_dict
-from fastoss.run import RunDirectory, read_json, write_json
+from fastoss.run import RunDirectory, read_json, read_json_lines, write_json
 from fastoss.telemetry import no_telemetry
 from fastoss.training.progress import Console, rank
 
@@ -61,7 +60,7 @@ class Trackers:
             root=run.root, project=recipe.log.project, name=recipe.name, run_id=manifest["run_id"], ids=dict(manifest.get("trackers") or {}),
             config={"recipe": _public(recipe), **{key: manifest.get(key) for key in ("versions", "gpu", "world_size", "commit")}},
         )  # fmt: skip
-        written = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        written = read_json_lines(run.metrics)
         for name in names:
             self._try(name, partial(self._begin, name, RECORDS[name], story, written))
         write_json(run.manifest, read_json(run.manifest) | {"trackers": story.ids})
@@ -109,4 +108,7 @@ def _public(recipe: Recipe) -> dict[str, Any]:
     for source in (*plain["data"], *plain["eval"]["data"]):
         source["source"] = source["source"] if source["source"].startswith(("hf:", "modelscope:")) else Path(source["source"]).name
         source["sample"] = source["sample"] and Path(source["sample"]).name
+    model = plain["model"]
+    model["adapter"] = model["adapter"] and Path(model["adapter"]).name
+    model["name"] = Path(model["name"]).name if Path(model["name"]).expanduser().is_dir() else model["name"]
     return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from functools import partial
@@ -228,7 +229,7 @@ def _train_model(
     watchdog.stop()
     if rank() == 0:
         console.say(measured())
-    console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {run.root}{samples.suggestion()}")
+    console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {shlex.quote(str(run.root))}{samples.suggestion()}")
 
 
 def _note_card(run: RunDirectory) -> None:
