@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script t
 from benchmarks.timing import REPEATS, ROOT, in_turn
 from fastoss.config import DataSource, load_recipe
 from fastoss.data.dataset import build_dataset
-from fastoss.data.formats import row_to_conversation
+from fastoss.data.formats.conversations import row_to_conversation
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.packing import BatchRule, plan_schedule
-from fastoss.data.sources import Row, read_rows
+from fastoss.data.reading.sources import Row, read_rows
 from fastoss.data.tokenizer import tokenizer_file
 from fastoss.model.adapter import library_versions
 from fastoss.model.head import TrainedTokenLoss

@@ -79,7 +79,7 @@ def train(
     if processes < 1:
         raise FastossError("nothing is trained in no process", place=f"--gpus {gpus}", hint="ask for 1 or more")
     if dry_run:
-        from fastoss.training.plan import dry_run_lines
+        from fastoss.training.planning.dry_run import dry_run_lines
 
         for line in dry_run_lines(resolved, run, sample=sample, gpus=processes * nodes):
             typer.echo(line)
@@ -125,8 +125,8 @@ def check(
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
     from fastoss.data.overview import compare_templates, overview_lines, overview_plain
-    from fastoss.data.sources import NotCached
-    from fastoss.training.outlook import judge, write_fitting
+    from fastoss.data.reading.sources import NotCached
+    from fastoss.training.planning.outlook import judge, write_fitting
 
     try:
         resolved = load_recipe(recipe, set or ())
@@ -227,8 +227,8 @@ def bench(
 ) -> None:
     """Measure training speed by processes, and against a baseline."""
     from fastoss.config import load_recipe
-    from fastoss.training.bench import bench as measure
-    from fastoss.training.bench_plan import parse_gpus
+    from fastoss.training.bench.bench import bench as measure
+    from fastoss.training.bench.plan import parse_gpus
 
     counts = parse_gpus(gpus)
     resolved = load_recipe(recipe, set or ())
@@ -294,7 +294,7 @@ def doctor(
 ) -> None:
     """Check what this machine can do, or whether a run is intact."""
     if run is None:
-        from fastoss.training.machine import report
+        from fastoss.training.planning.machine import report
 
         text, broken = report(as_json=json_)
         typer.echo(text)

@@ -12,9 +12,9 @@ import pytest
 from fastoss.config import load_recipe
 from fastoss.data.conversation import Message
 from fastoss.data.dataset import build_dataset
+from fastoss.data.formats.prompts import row_to_asked
 from fastoss.data.harmony import Completion
-from fastoss.data.prompts import row_to_asked
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
 from fastoss.inference import chat as chat_module
 from fastoss.inference import opening

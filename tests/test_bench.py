@@ -19,10 +19,10 @@ from fastoss.config import Recipe, load_recipe, resolved_dict
 from fastoss.data.dataset import build_dataset
 from fastoss.errors import FastossError
 from fastoss.model.backend import plan_model
-from fastoss.training.bench import bench
-from fastoss.training.bench_baseline import plan_padded
-from fastoss.training.bench_plan import parse_gpus, plan_contestants, write_recipe
-from fastoss.training.bench_report import percentile, summarise, table_lines, write_report
+from fastoss.training.bench.baseline import plan_padded
+from fastoss.training.bench.bench import bench
+from fastoss.training.bench.plan import parse_gpus, plan_contestants, write_recipe
+from fastoss.training.bench.report import percentile, summarise, table_lines, write_report
 from fastoss.training.train import plan_batches
 
 from .conftest import ROOT, ROWS, RecipeFolder, Result, fastoss

@@ -38,7 +38,7 @@ def test_help_answers_at_once():
     [
         "import fastoss.config",
         "import fastoss.cli",
-        "import pkgutil, importlib, fastoss.data as d\nfor m in pkgutil.iter_modules(d.__path__): importlib.import_module(d.__name__ + '.' + m.name)",
+        "import pkgutil, importlib, fastoss.data as d\nfor m in pkgutil.walk_packages(d.__path__, 'fastoss.data.'): importlib.import_module(m.name)",
         "import sys; sys.argv = ['fastoss', 'check', 'recipes/quickstart.toml']\nfrom fastoss.cli import main\ntry: main()\nexcept SystemExit: pass",
         "import sys; sys.argv = ['fastoss', 'show', 'recipes/quickstart.toml']\nfrom fastoss.cli import main\ntry: main()\nexcept SystemExit: pass",
         "import sys; sys.argv = ['fastoss', 'schema']\nfrom fastoss.cli import main\ntry: main()\nexcept SystemExit: pass",
@@ -185,8 +185,8 @@ def test_the_table_for_24_gb_is_what_check_plans():
     """docs/24gb.md holds planned figures: each row is planned again, as `check` does it."""
     from fastoss.config import load_recipe
     from fastoss.data.dataset import build_dataset
-    from fastoss.training.outlook import judge
-    from fastoss.training.run_plan import gib
+    from fastoss.training.planning.outlook import judge
+    from fastoss.training.planning.run_plan import gib
 
     row = re.compile(r"^\| (as shipped|`[\w.]+ = .*?`|) *\| ([\d,]+) \| ([\d.]+ GiB) \| ([\d.]+ GiB) \| (.*?) \|$", re.MULTILINE)
     rows = row.findall((ROOT / "docs" / "24gb.md").read_text(encoding="utf-8"))

@@ -132,8 +132,8 @@ def test_chats_without_tools_agree_with_the_official_template_in_every_token():
 
 def test_shipped_rows_agree_with_the_official_template():
     from fastoss.config import DataSource
-    from fastoss.data.formats import row_to_conversation
-    from fastoss.data.sources import read_rows
+    from fastoss.data.formats.conversations import row_to_conversation
+    from fastoss.data.reading.sources import read_rows
 
     for path in sorted((ROOT / "recipes" / "data").glob("*.jsonl")):
         rows = [row_to_conversation(row) for row in read_rows(DataSource(source=str(path)))]  # type: ignore[arg-type]
@@ -149,8 +149,8 @@ def test_there_are_about_twenty_built_in_chats(official):
 
 def test_real_tool_rows_differ_in_known_ways_alone():
     """300 published rows with tool calls: openai-harmony gives our tokens, the official template differs as listed."""
-    from fastoss.data.formats import row_to_conversation
-    from fastoss.data.sources import Row
+    from fastoss.data.formats.conversations import row_to_conversation
+    from fastoss.data.reading.sources import Row
 
     from .real_data import NotFetchedError, real_rows
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from fastoss.config import DataSource
-from fastoss.data.sources import is_cached, read_rows
+from fastoss.data.reading.sources import is_cached, read_rows
 from fastoss.errors import FastossError
 
 from .conftest import ROOT
@@ -147,7 +147,7 @@ def hub():
 SCRIPT = """
 import json, sys
 from fastoss.config import DataSource
-from fastoss.data.sources import (BadRow, hub_revision, is_cached, read_rows, source_identity, source_notes, source_revisions)
+from fastoss.data.reading.sources import (BadRow, hub_revision, is_cached, read_rows, source_identity, source_notes, source_revisions)
 from fastoss.errors import FastossError
 source = DataSource(**json.loads(sys.argv[1]))
 told = {"cached_before": is_cached(source)}

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from fastoss.data.conversation import Message
-from fastoss.data.preferences import row_to_preference
-from fastoss.data.rows import Row
+from fastoss.data.formats.preferences import row_to_preference
+from fastoss.data.reading.rows import Row
 from fastoss.demo.guard import Guard
 from fastoss.demo.limits import Limits
 from fastoss.demo.login import Lockout, Users, hash_password

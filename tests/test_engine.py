@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastoss.data.conversation import Message
+from fastoss.data.formats.prompts import row_to_asked
 from fastoss.data.harmony import parse_completion
-from fastoss.data.prompts import row_to_asked
-from fastoss.data.rows import Row
+from fastoss.data.reading.rows import Row
 from fastoss.errors import FastossError
 from fastoss.inference.engine import Engine
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling, asked_language, in_language

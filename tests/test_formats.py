@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fastoss.config import Identity
 from fastoss.data.conversation import Conversation, Message, Tool, ToolCall
-from fastoss.data.formats import KNOWN_COLUMNS, row_to_conversation, unread_columns
-from fastoss.data.preferences import is_preference, row_to_preference, unread_pair_columns
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.formats.conversations import KNOWN_COLUMNS, row_to_conversation, unread_columns
+from fastoss.data.formats.preferences import is_preference, row_to_preference, unread_pair_columns
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
 
 U, A, S = Message("user", "u"), Message("assistant", "a"), Message("system", "s")

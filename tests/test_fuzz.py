@@ -22,12 +22,12 @@ import pytest
 
 from fastoss.config import Recipe, load_recipe
 from fastoss.data import judge
-from fastoss.data.columns import ANY_COLUMNS, COLUMNS, PAIR_COLUMNS
 from fastoss.data.dataset import Dataset, build_dataset
+from fastoss.data.formats.columns import ANY_COLUMNS, COLUMNS, PAIR_COLUMNS
+from fastoss.data.formats.preferences import row_to_preference
 from fastoss.data.harmony import IGNORE, Example, HarmonyRenderer, parse_completion
 from fastoss.data.hygiene import without_empty_reasoning
-from fastoss.data.preferences import row_to_preference
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.data.tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, SPECIAL, START
 from fastoss.errors import FastossError
 

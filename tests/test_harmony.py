@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from fastoss.config import DataSource, FormatSettings
 from fastoss.data import tokenizer as tok
 from fastoss.data.conversation import Conversation, Message
-from fastoss.data.formats import row_to_conversation
+from fastoss.data.formats.conversations import row_to_conversation
+from fastoss.data.formats.preferences import is_preference, row_to_preference
 from fastoss.data.harmony import IGNORE, CompletionParser, HarmonyRenderer, parse_completion
 from fastoss.data.hygiene import without_empty_reasoning
-from fastoss.data.preferences import is_preference, row_to_preference
-from fastoss.data.sources import BadRow, read_rows
+from fastoss.data.reading.sources import BadRow, read_rows
 from fastoss.data.tokenizer import CALL, CHANNEL, CONSTRAIN, END, END_OF_TEXT, MESSAGE, RETURN, START
 
 from .conftest import ROOT

@@ -23,7 +23,7 @@ from fastoss.model.plan_constants import Constants
 from fastoss.model.shape import GPT_OSS_20B, GPT_OSS_120B, TINY, shape_from_config
 from fastoss.recipe_edit import set_value
 from fastoss.run import size_of
-from fastoss.training.fit import Change, Fit, find_fit, write_fit
+from fastoss.training.planning.fit import Change, Fit, find_fit, write_fit
 
 from .commands import ROOT
 from .conftest import RecipeFolder, fastoss
@@ -213,7 +213,7 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path: Path):
 
 def test_no_more_checkpoints_lie_there_than_are_written(folder: RecipeFolder):
     from fastoss.data.dataset import build_dataset
-    from fastoss.training.outlook import judge
+    from fastoss.training.planning.outlook import judge
 
     dataset = build_dataset(load_recipe(folder.recipe))
     for changes, count in (
@@ -295,8 +295,8 @@ def test_a_recipe_with_a_byte_order_mark_can_be_made_to_fit(tmp_path: Path):
 
 def test_what_cannot_fit_is_refused_before_the_model_is_loaded():
     from fastoss.data.dataset import build_dataset
-    from fastoss.training.fit import check_fits
-    from fastoss.training.outlook import judge
+    from fastoss.training.planning.fit import check_fits
+    from fastoss.training.planning.outlook import judge
 
     recipe = load_recipe(ROOT / "recipes" / "catgirl.toml", ["model.precision=bf16"])
     dataset = build_dataset(recipe)
@@ -315,7 +315,7 @@ def test_check_needs_no_torch():
     """`check` with its plan answers at once, on any laptop."""
     code = (
         "import sys; from fastoss.config import load_recipe; from fastoss.data.dataset import build_dataset\n"
-        "from fastoss.training.outlook import judge\n"
+        "from fastoss.training.planning.outlook import judge\n"
         f"r = load_recipe({str(ROOT / 'recipes' / 'quickstart.toml')!r}); judge(r, build_dataset(r), card='24GB'); "
         "print([name for name in ('torch', 'transformers', 'trl', 'peft') if name in sys.modules])"
     )
@@ -369,7 +369,7 @@ def test_the_doctor_of_a_machine():
 
 def test_the_doctor_reaches_the_hub_as_its_client_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where a proxy is set, that is what must answer; its password is not shown."""
-    from fastoss.training.machine import _disk, _hub
+    from fastoss.training.planning.machine import _disk, _hub
 
     for name in ("HF_HUB_OFFLINE", "NO_PROXY", "no_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -387,7 +387,7 @@ def test_the_doctor_reaches_the_hub_as_its_client_would(tmp_path: Path, monkeypa
 
 
 def test_a_library_that_breaks_breaks_a_line_and_not_the_doctor(tmp_path: Path):
-    from fastoss.training.machine import _probe
+    from fastoss.training.planning.machine import _probe
 
     broken = tmp_path / "peft"
     broken.mkdir()

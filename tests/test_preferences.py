@@ -6,8 +6,8 @@ import pytest
 
 from fastoss.config import Identity
 from fastoss.data.conversation import Message, Preference
-from fastoss.data.preferences import is_preference, row_to_preference, unread_pair_columns
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.formats.preferences import is_preference, row_to_preference, unread_pair_columns
+from fastoss.data.reading.rows import BadRow, Row
 
 from .test_formats import LAST, PLAIN, A, S, U
 from .test_formats import USER as HARMONY_USER

@@ -15,10 +15,10 @@ import pytest
 from fastoss.config import FormatSettings, load_recipe
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.dataset import Dataset, build_dataset
+from fastoss.data.formats.preferences import row_to_preference
 from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.mojibake import first_mojibake, repaired
-from fastoss.data.preferences import row_to_preference
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
 
 from .real_data import NotFetchedError, real_rows

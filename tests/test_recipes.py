@@ -18,7 +18,7 @@ from fastoss.model.cards import GIB, parse_card
 from fastoss.model.plan import MicroBatch, plan_memory
 from fastoss.model.plan_constants import constants
 from fastoss.model.shape import shape_of
-from fastoss.training.run_plan import setting_of
+from fastoss.training.planning.run_plan import setting_of
 
 from .conftest import ROOT, Result, fastoss, losses
 

@@ -21,9 +21,9 @@ import pyarrow.parquet
 import pytest
 
 from fastoss.config import DataSource
-from fastoss.data import csv_files, json_files, opening
-from fastoss.data.sources import BadRow, read_rows, source_identity, source_notes, source_revisions, unread_files
-from fastoss.data.text_faults import guess_encoding
+from fastoss.data.reading import csv_files, json_files, opening
+from fastoss.data.reading.sources import BadRow, read_rows, source_identity, source_notes, source_revisions, unread_files
+from fastoss.data.reading.text_faults import guess_encoding
 from fastoss.errors import FastossError
 
 from .conftest import ROOT
@@ -499,7 +499,7 @@ def test_identity_is_names_and_contents(tmp_path):
 MEASURE = """
 import resource, sys
 from fastoss.config import DataSource
-from fastoss.data.sources import BadRow, read_rows
+from fastoss.data.reading.sources import BadRow, read_rows
 next(read_rows(DataSource(source=sys.argv[1], max_rows=1)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = bad = 0

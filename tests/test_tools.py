@@ -7,8 +7,8 @@ import json
 import pytest
 
 from fastoss.data.conversation import Message, Tool, ToolCall
-from fastoss.data.formats import unread_columns
-from fastoss.data.rows import Row
+from fastoss.data.formats.conversations import unread_columns
+from fastoss.data.reading.rows import Row
 
 from .test_formats import A, U, asked, refusal, said, understood
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from fastoss.config import DataSource, EvalSettings, LogSettings, ModelConfig, Recipe
-from fastoss.training.tracker_records import log_records
-from fastoss.training.trackers import _public, usable_trackers
+from fastoss.training.trackers.records import log_records
+from fastoss.training.trackers.trackers import _public, usable_trackers
 
 from .conftest import ROWS, TINY_RECIPE, _commands, metrics
 
@@ -206,7 +206,7 @@ def test_which_trackers_can_record(monkeypatch):
     said: list[str] = []
     console = SimpleNamespace(say=said.append)
     installed = {"tensorboard", "wandb", "swanlab"}
-    monkeypatch.setattr("fastoss.training.trackers.importlib.util.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr("fastoss.training.trackers.trackers.importlib.util.find_spec", lambda name: name if name in installed else None)
     everything = LogSettings(trackers=NAMES)
     assert usable_trackers(everything, console, {"SWANLAB_MODE": "offline"}) == ["tensorboard", "swanlab"]
     assert said == [

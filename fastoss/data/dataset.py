@@ -22,9 +22,9 @@ import numpy
 
 from fastoss.config import DataSource, Recipe
 from fastoss.data.judge import Judge, Refusals
+from fastoss.data.reading.rows import shown
+from fastoss.data.reading.sources import read_rows, source_identity, source_notes
 from fastoss.data.report import DataReport, counted, report_from_plain, report_to_plain
-from fastoss.data.rows import shown
-from fastoss.data.sources import read_rows, source_identity, source_notes
 from fastoss.data.store import KINDS, Examples, StoreWriter, TokenStore
 from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
 from fastoss.data.trees import build_tree
@@ -101,7 +101,7 @@ def _cache_key(recipe: Recipe, sample: bool) -> str:
 def _code_version() -> str:
     """A hash of the data package's own files: a change of the renderer makes every cached dataset stale."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

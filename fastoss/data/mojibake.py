@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fastoss.data.conversation import Conversation
-from fastoss.data.rows import BadRow
-from fastoss.data.text import check_text
+from fastoss.data.formats.text import check_text
+from fastoss.data.reading.rows import BadRow
 
 # What the continuation bytes 80 to BF of UTF-8 look like when they are read as Latin-1 or Windows-1252.
 _NEXT = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastoss.data.columns import near_column
+from fastoss.data.formats.columns import near_column
 
 _SHOWN = 5  # places that are listed for each reason
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastoss.data.rows import BadRow
-from fastoss.data.text import check_text
+from fastoss.data.formats.text import check_text
+from fastoss.data.reading.rows import BadRow
 from fastoss.errors import FastossError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.data.conversation import Message
-from fastoss.data.preferences import row_to_preference
-from fastoss.data.rows import BadRow, Row
-from fastoss.data.text import check_text
+from fastoss.data.formats.preferences import row_to_preference
+from fastoss.data.formats.text import check_text
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.demo.talk import Spoken, Turn
 from fastoss.errors import FastossError
 from fastoss.run import RunDirectory, file_lock, read_json, read_lines, write_whole

@@ -11,7 +11,7 @@ from typing import Any
 from fastoss.config import Recipe, recipe_from_resolved
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.dataset import build_dataset
-from fastoss.data.prompts import read_asked
+from fastoss.data.formats.prompts import read_asked
 from fastoss.errors import FastossError
 from fastoss.inference.endpoint import is_endpoint
 from fastoss.inference.gguf import is_gguf

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.data.conversation import Message
-from fastoss.data.prompts import Asked, read_asked
+from fastoss.data.formats.prompts import Asked, read_asked
 from fastoss.errors import FastossError, RunFailed
 from fastoss.inference.endpoint import is_endpoint
 from fastoss.inference.reply import Answer

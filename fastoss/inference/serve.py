@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from fastoss.data.formats.prompts import row_to_asked
 from fastoss.data.harmony import Delta
-from fastoss.data.prompts import row_to_asked
-from fastoss.data.rows import Row
+from fastoss.data.reading.rows import Row
 from fastoss.errors import FastossError
 from fastoss.inference.engine import Engine
 from fastoss.inference.gguf import GgufEngine

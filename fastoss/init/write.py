@@ -13,16 +13,16 @@ from pathlib import Path
 
 from fastoss.config import DataSource, DpoSettings, EvalSettings, Hygiene, ModelConfig, Recipe, TrainSettings, load_recipe
 from fastoss.data.dataset import Dataset, build_dataset
+from fastoss.data.reading.sources import NotCached
 from fastoss.data.report import counted
-from fastoss.data.sources import NotCached
 from fastoss.errors import FastossError
 from fastoss.init.look import Look, look_at
 from fastoss.init.text import PURPOSES, Method, Settings, recipe_text
 from fastoss.model.cards import Card, card_for, parse_card
 from fastoss.recipe_edit import set_value
 from fastoss.terminal import say
-from fastoss.training.outlook import Outlook, judge
-from fastoss.training.run_plan import gib
+from fastoss.training.planning.outlook import Outlook, judge
+from fastoss.training.planning.run_plan import gib
 
 _PLACE = "fastoss init"
 _LONGEST = 8192  # tokens of a row, where the rows do not ask for less: what 24 GB hold

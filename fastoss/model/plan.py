@@ -1,6 +1,6 @@
 """What a run will need before anything is loaded: memory by component, disk, and time. From numbers alone, without torch.
 
-Work (from training/run_plan.py, which counts it in the schedule) and a model's shape come in, a `MemoryPlan` goes out. What the
+Work (from training/planning/run_plan.py, which counts it in the schedule) and a model's shape come in, a `MemoryPlan` goes out. What the
 processor's part says was measured on it (benchmarks/plan_cpu.py); a GPU's part is arithmetic and the constants of
 model/plan_constants.py, which say where they come from.
 """

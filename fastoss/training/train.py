@@ -22,19 +22,19 @@ from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tok
 from fastoss.model.cards import Card, cards_found
 from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
-from fastoss.training.batches import batch_lines, batch_rule, eval_units, plan_batches, steps_of, tokens_by_process
 from fastoss.training.checkpoint import CheckpointWriter, checkpoint_step, latest_checkpoint
 from fastoss.training.disk import check_room, disk_full
 from fastoss.training.ending import ending, keep_profile
-from fastoss.training.fit import check_fits
 from fastoss.training.launch import check_gpus
-from fastoss.training.measure import MemoryMeter
+from fastoss.training.planning.batches import batch_lines, batch_rule, eval_units, plan_batches, steps_of, tokens_by_process
+from fastoss.training.planning.fit import check_fits
+from fastoss.training.planning.measure import MemoryMeter
+from fastoss.training.planning.run_plan import RunPlan, note_measured, plan_run, write_plan
 from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
 from fastoss.training.push import push_adapter, say_before
 from fastoss.training.resume import opened, run_facts
-from fastoss.training.run_plan import RunPlan, note_measured, plan_run, write_plan
 from fastoss.training.signals import end_with_parent
-from fastoss.training.trackers import Trackers, usable_trackers
+from fastoss.training.trackers.trackers import Trackers, usable_trackers
 from fastoss.training.watchdog import Watchdog
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from fastoss.config import DataSource, Identity
 from fastoss.data.conversation import Conversation, Message
-from fastoss.data.formats import row_to_conversation
-from fastoss.data.preferences import is_preference, row_to_preference
-from fastoss.data.rows import BadRow, Row
-from fastoss.data.sources import read_rows
+from fastoss.data.formats.conversations import row_to_conversation
+from fastoss.data.formats.preferences import is_preference, row_to_preference
+from fastoss.data.reading.rows import BadRow, Row
+from fastoss.data.reading.sources import read_rows
 from fastoss.errors import FastossError
 
 _NO_ANSWER = "(to be answered)"  # stands where a row has none, so that it is read and checked as every other row

@@ -11,9 +11,9 @@ from fastoss.data.dataset import Dataset
 from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, plan_model
 from fastoss.model.cards import card_for, cards_found
-from fastoss.training.batches import plan_batches
-from fastoss.training.fit import Fit, find_fit, fit_lines, write_fit
-from fastoss.training.run_plan import RunPlan, plan_run
+from fastoss.training.planning.batches import plan_batches
+from fastoss.training.planning.fit import Fit, find_fit, fit_lines, write_fit
+from fastoss.training.planning.run_plan import RunPlan, plan_run
 
 
 @dataclass(frozen=True)

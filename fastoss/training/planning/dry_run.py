@@ -8,13 +8,13 @@ from typing import Any
 
 from fastoss.config import Recipe, resolved_dict
 from fastoss.data.dataset import build_dataset
-from fastoss.data.sources import NotCached
+from fastoss.data.reading.sources import NotCached
 from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, has_gpu, plan_model
 from fastoss.run import RunDirectory
-from fastoss.training.batches import batch_lines, plan_batches, steps_of
 from fastoss.training.checkpoint import latest_checkpoint, list_checkpoints
-from fastoss.training.outlook import judge
+from fastoss.training.planning.batches import batch_lines, plan_batches, steps_of
+from fastoss.training.planning.outlook import judge
 from fastoss.training.resume import check_same_run, run_facts
 
 

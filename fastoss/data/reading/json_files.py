@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from fastoss.data.opening import CHUNK, CUT_SHORT, LONGEST, open_bytes, sample_of, too_long
-from fastoss.data.rows import BadRow, Row
-from fastoss.data.text_faults import not_utf8
+from fastoss.data.reading.opening import CHUNK, CUT_SHORT, LONGEST, open_bytes, sample_of, too_long
+from fastoss.data.reading.rows import BadRow, Row
+from fastoss.data.reading.text_faults import not_utf8
 from fastoss.errors import FastossError
 
 _SPLIT = 16  # more letters than any number's end, word or escape has

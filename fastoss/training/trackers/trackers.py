@@ -52,7 +52,7 @@ class Trackers:
         self.open: dict[str, tuple[Any, dict[str, int]]] = {}  # by name: the record, and the last step of each metric it held
         if rank() != 0 or not names:
             return
-        from fastoss.training.tracker_records import RECORDS, Story
+        from fastoss.training.trackers.records import RECORDS, Story
 
         no_telemetry()
         manifest = read_json(run.manifest)

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastoss.config import Identity
-from fastoss.data.columns import ANY_COLUMNS, COLUMNS, renamed, replaced_columns
-from fastoss.data.columns import KNOWN_COLUMNS as KNOWN_COLUMNS
 from fastoss.data.conversation import Conversation, Message, Tool, ToolCall
-from fastoss.data.harmony_text import parse_harmony
-from fastoss.data.messages import REASONING, read_messages, reasoning_of, unread_keys
-from fastoss.data.rows import BadRow, Row
-from fastoss.data.text import check_text, parsed_json, shown, text_of
-from fastoss.data.tools import check_calls, tool_definitions
+from fastoss.data.formats.columns import ANY_COLUMNS, COLUMNS, renamed, replaced_columns
+from fastoss.data.formats.columns import KNOWN_COLUMNS as KNOWN_COLUMNS
+from fastoss.data.formats.harmony_text import parse_harmony
+from fastoss.data.formats.messages import REASONING, read_messages, reasoning_of, unread_keys
+from fastoss.data.formats.text import check_text, parsed_json, shown, text_of
+from fastoss.data.formats.tools import check_calls, tool_definitions
+from fastoss.data.reading.rows import BadRow, Row
 
 _READ = {format: columns | ANY_COLUMNS for format, columns in COLUMNS.items()}
 _LISTS = {"messages", "conversations", "prompt", "completion"}  # columns that may hold messages

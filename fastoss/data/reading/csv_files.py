@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastoss.data.json_files import StrictJson
-from fastoss.data.opening import CHUNK, CUT_SHORT, LONGEST, open_bytes, sample_of, too_long
-from fastoss.data.rows import BadRow, Row
-from fastoss.data.text_faults import not_utf8
+from fastoss.data.reading.json_files import StrictJson
+from fastoss.data.reading.opening import CHUNK, CUT_SHORT, LONGEST, open_bytes, sample_of, too_long
+from fastoss.data.reading.rows import BadRow, Row
+from fastoss.data.reading.text_faults import not_utf8
 from fastoss.errors import FastossError
 
 _LISTS = {"messages", "conversations", "history", "tools", "rejected_messages"}

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from fastoss.data.text_faults import refuse_disguise
+from fastoss.data.reading.text_faults import refuse_disguise
 from fastoss.errors import FastossError
 
 LONGEST = 64 << 20  # bytes of one line, list entry or cell: longer ones are a broken file, and would fill the memory

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastoss.data.conversation import Message, Tool, ToolCall
-from fastoss.data.rows import BadRow
-from fastoss.data.text import check_text, content_of, json_text, parsed_json, shown, text_of
+from fastoss.data.formats.text import check_text, content_of, json_text, parsed_json, shown, text_of
+from fastoss.data.reading.rows import BadRow
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 

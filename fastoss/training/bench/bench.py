@@ -1,6 +1,6 @@
 """`fastoss bench`: a recipe on one, two, … processes and beside a baseline, each run a real `fastoss train` in processes of its own.
 
-Every run leaves one JSON in `results/`; `bench_report.py` makes of them the table, the JSON and the picture.
+Every run leaves one JSON in `results/`; `report.py` makes of them the table, the JSON and the picture.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastoss.config import Recipe, resolved_dict
 from fastoss.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FastossError, RunFailed, Stopped
 from fastoss.model.adapter import library_versions
 from fastoss.run import RunDirectory, file_lock, read_json, read_json_lines, write_json
-from fastoss.training.bench_plan import Contestant, plan_contestants, write_recipe
-from fastoss.training.bench_report import median, rate, write_report
+from fastoss.training.bench.plan import Contestant, plan_contestants, write_recipe
+from fastoss.training.bench.report import median, rate, write_report
 from fastoss.training.progress import Console, duration
 
 _POLL_S = 0.5
@@ -145,7 +145,7 @@ def _command(contestant: Contestant, output: Path, run: RunDirectory, sample: bo
         return ["fastoss", "train", theirs, "--output", str(run.root), "--no-resume", "--overwrite", *gpus, *extra]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"] if contestant.processes > 1 else []
     ours = str(_recipe_file(output, f"fastoss-{processes}"))
-    return [*launcher, "fastoss.training.bench_baseline", theirs, ours, str(run.root), *extra]
+    return [*launcher, "fastoss.training.bench.baseline", theirs, ours, str(run.root), *extra]
 
 
 def _wait(process: subprocess.Popen[bytes], run: RunDirectory, steps: int, console: Console, label: str) -> tuple[int, float]:

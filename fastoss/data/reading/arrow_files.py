@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastoss.data.opening import open_bytes
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.reading.opening import open_bytes
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
 
 _BATCH_ROWS = 1024

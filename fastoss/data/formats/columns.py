@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from fastoss.data.rows import BadRow, Row
+from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
 
 _REASONING = {"thinking", "reasoning_content", "reasoning"}

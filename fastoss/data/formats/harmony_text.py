@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fastoss.data.conversation import Tool
-from fastoss.data.rows import BadRow
-from fastoss.data.text import shown
+from fastoss.data.formats.text import shown
+from fastoss.data.reading.rows import BadRow
 from fastoss.data.typescript import tools_section
 
 _MESSAGE = re.compile(r"<\|start\|>(.*?)<\|message\|>(.*?)<\|(end|call|return)\|>", re.DOTALL)

@@ -1,6 +1,6 @@
 """The baseline of `fastoss bench` as a process: `train` on the very documents of our steps, each in a row of its own and padded.
 
-`python -m fastoss.training.bench_baseline THEIRS.toml OURS.toml RUN [--sample]`, alone or under torchrun.
+`python -m fastoss.training.bench.baseline THEIRS.toml OURS.toml RUN [--sample]`, alone or under torchrun.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastoss.data.conversation import Message, Role
-from fastoss.data.rows import BadRow
-from fastoss.data.text import content_of, shown, text_of
-from fastoss.data.tools import Call, Result, calls_of, one_by_one, result_of
+from fastoss.data.formats.text import content_of, shown, text_of
+from fastoss.data.formats.tools import Call, Result, calls_of, one_by_one, result_of
+from fastoss.data.reading.rows import BadRow
 
 # harmony's developer message holds what others call the system text
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}

@@ -19,7 +19,7 @@ from fastoss.model.plan_constants import constants
 from fastoss.model.shape import shape_of
 from fastoss.recipe_edit import set_value
 from fastoss.run import write_whole
-from fastoss.training.run_plan import RunPlan, gib, setting_of
+from fastoss.training.planning.run_plan import RunPlan, gib, setting_of
 
 IGNORE_PLAN = "--ignore-plan"
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from fastoss.config import Identity
-from fastoss.data.columns import ANY_COLUMNS, renamed, replaced_columns
 from fastoss.data.conversation import Conversation, Message, Preference
-from fastoss.data.formats import Reading, alpaca_prompt, conversation_from, message_entries, read_row, system_entry, unread_columns
-from fastoss.data.messages import ROLES, unread_keys
-from fastoss.data.rows import BadRow, Row
-from fastoss.data.text import content_of, text_of
+from fastoss.data.formats.columns import ANY_COLUMNS, renamed, replaced_columns
+from fastoss.data.formats.conversations import Reading, alpaca_prompt, conversation_from, message_entries, read_row, system_entry, unread_columns
+from fastoss.data.formats.messages import ROLES, unread_keys
+from fastoss.data.formats.text import content_of, text_of
+from fastoss.data.reading.rows import BadRow, Row
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ALPACA_PROMPT = {"input", "history", "system"}

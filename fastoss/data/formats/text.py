@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from fastoss.data.rows import BadRow
+from fastoss.data.reading.rows import BadRow
 
 # What harmony writes as control tokens. As text in a row they are an injection, or the trace of another tool.
 _CONTROL = re.compile(r"<\|(start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|target|reserved_\d+)\|>")

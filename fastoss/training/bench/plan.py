@@ -19,7 +19,7 @@ from fastoss.data.units import Units
 from fastoss.errors import FastossError
 from fastoss.model.backend import has_gpu, plan_model
 from fastoss.run import RunDirectory, write_whole
-from fastoss.training.bench_baseline import plan_padded
+from fastoss.training.bench.baseline import plan_padded
 from fastoss.training.launch import check_gpus
 from fastoss.training.train import check_before_launch, plan_batches
 

@@ -23,7 +23,7 @@ from fastoss.model.shape import ModelShape, shape_of
 from fastoss.model.speed import Work, as_computed, tokens_a_second
 from fastoss.run import RunDirectory, read_json, size_of, write_json
 from fastoss.terminal import disk_size, rough_duration
-from fastoss.training.batches import steps_of
+from fastoss.training.planning.batches import steps_of
 
 
 @dataclass(frozen=True)

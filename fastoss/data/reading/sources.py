@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastoss.config import DataSource
-from fastoss.data.arrow_files import read_parquet
-from fastoss.data.csv_files import read_csv
-from fastoss.data.hub import NotCached, hub_data, hub_revision, is_cached, is_hub
-from fastoss.data.json_files import read_json, read_jsonl
-from fastoss.data.rows import KINDS, BadRow, Row, kind_of, shown, spelled
+from fastoss.data.reading.arrow_files import read_parquet
+from fastoss.data.reading.csv_files import read_csv
+from fastoss.data.reading.hub import NotCached, hub_data, hub_revision, is_cached, is_hub
+from fastoss.data.reading.json_files import read_json, read_jsonl
+from fastoss.data.reading.rows import KINDS, BadRow, Row, kind_of, shown, spelled
 from fastoss.errors import FastossError
 from fastoss.run import file_digest
 

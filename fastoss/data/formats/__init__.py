@@ -1,0 +1,1 @@
+"""Rows → conversations and preferences, whatever their columns are called."""

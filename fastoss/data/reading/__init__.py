@@ -1,0 +1,1 @@
+"""Files and hubs → rows that know where they stand."""

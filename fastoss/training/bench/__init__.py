@@ -1,0 +1,1 @@
+"""How fast a recipe trains, beside other settings and other tools."""

@@ -1,0 +1,1 @@
+"""metrics.jsonl → the trackers that a recipe names."""
