@@ -17,7 +17,7 @@ from fastoss.data.harmony import Completion
 from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
 from fastoss.inference import chat as chat_module
-from fastoss.inference import opening
+from fastoss.inference import open_model as opening
 from fastoss.inference.engine import Engine
 from fastoss.inference.evaluate import Held, _held, evaluate, judge
 from fastoss.inference.evaluation_table import table_lines

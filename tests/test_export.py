@@ -18,7 +18,7 @@ from fastoss.data.conversation import Message
 from fastoss.data.harmony import HarmonyRenderer, parse_completion
 from fastoss.errors import FastossError, RunFailed
 from fastoss.export.export import export, push_run
-from fastoss.export.plan import FormatPlan, check_plan
+from fastoss.export.export_plan import FormatPlan, check_plan
 from fastoss.model.adapter import read_stamp
 
 from .conftest import ROOT, fastoss

@@ -29,7 +29,7 @@ high_water = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/st
 from fastoss.export import base, merge
 from fastoss.export.accounting import account
 from fastoss.export.adapter_layouts import Adapter
-from fastoss.export.plan import peak_memory
+from fastoss.export.export_plan import peak_memory
 folder = Path(sys.argv[1])
 own = base.Base.names
 base.Base.names = lambda self: [name for name in own(self) if ".layers." in name]
@@ -122,7 +122,7 @@ def test_the_planned_memory_does_not_grow_with_the_layers(tmp_path):
     """The plan for the real model, from its real shapes (as holes in files): 3 layers need what 24 do; and that is a few GB."""
     from fastoss.export.adapter_layouts import Adapter
     from fastoss.export.base import Base
-    from fastoss.export.plan import plan_export
+    from fastoss.export.export_plan import plan_export
 
     plans = {}
     for layers in (3, 24):

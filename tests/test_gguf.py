@@ -16,7 +16,7 @@ from fastoss.inference.engine import Engine
 from fastoss.inference.evaluate import evaluate
 from fastoss.inference.generate import Batching, generate
 from fastoss.inference.gguf import CHATS, GgufEngine, is_gguf
-from fastoss.inference.opening import open_model
+from fastoss.inference.open_model import open_model
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
 from fastoss.inference.serve import build_app
 
@@ -118,7 +118,7 @@ def test_a_reply_is_cancelled_and_the_place_is_free_again(gguf):
 
 
 def test_generate_and_serve_take_it(gguf, folder, tmp_path, monkeypatch):
-    from fastoss.inference import opening
+    from fastoss.inference import open_model as opening
 
     monkeypatch.setattr(opening, "open_engine", lambda name: gguf)
     source = write_rows(tmp_path / "in.jsonl", [{"prompt": "你是谁?"}, {"prompt": "Any tea?"}])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fastoss.data.page import page_html
+from fastoss.data.data_page import page_html
 from tests.browser import open_browser
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from fastoss.data.conversation import Message
 from fastoss.errors import FastossError, RunFailed
 from fastoss.inference.endpoint import EndpointEngine
 from fastoss.inference.engine import Engine
-from fastoss.inference.opening import open_model
+from fastoss.inference.open_model import open_model
 from fastoss.inference.sampling import ReasoningLanguage, Sampling
 from fastoss.inference.serve import build_app
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy
 
 from fastoss.config import DataSource, Recipe
+from fastoss.data.data_report import DataReport, counted, report_from_plain, report_to_plain
 from fastoss.data.judge import Judge, Refusals
 from fastoss.data.reading.rows import shown
 from fastoss.data.reading.sources import read_rows, source_identity, source_notes
-from fastoss.data.report import DataReport, counted, report_from_plain, report_to_plain
 from fastoss.data.store import KINDS, Examples, StoreWriter, TokenStore
 from fastoss.data.tokenizer import TEMPLATE_SHA256, TOKENIZER_SHA256
 from fastoss.data.trees import build_tree

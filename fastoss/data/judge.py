@@ -11,6 +11,7 @@ from typing import IO
 
 from fastoss.config import DataSource, Recipe
 from fastoss.data.conversation import Conversation
+from fastoss.data.data_report import DataReport
 from fastoss.data.formats.columns import near_column
 from fastoss.data.formats.conversations import row_to_conversation, unread_columns
 from fastoss.data.formats.preferences import row_to_preference, unread_pair_columns
@@ -18,7 +19,6 @@ from fastoss.data.harmony import Example, HarmonyRenderer
 from fastoss.data.hygiene import content_key, excerpt, has_empty_reasoning, near_key, shortened, without_empty_reasoning
 from fastoss.data.mojibake import first_mojibake, repaired
 from fastoss.data.reading.rows import BadRow, Row, spelled
-from fastoss.data.report import DataReport
 from fastoss.data.store import part_of
 from fastoss.errors import FastossError
 

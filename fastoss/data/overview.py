@@ -15,12 +15,12 @@ import numpy
 import fastoss
 from fastoss.config import Recipe, resolved_dict
 from fastoss.data.conformance import OFFICIAL, Conformance, check_templates
+from fastoss.data.data_page import page_html
+from fastoss.data.data_report import report_to_plain
 from fastoss.data.dataset import Dataset
 from fastoss.data.harmony import Example
 from fastoss.data.other_renderers import read_template
 from fastoss.data.packing import BatchRule, fill_batches
-from fastoss.data.page import page_html
-from fastoss.data.report import report_to_plain
 from fastoss.data.tokenizer import decode
 from fastoss.errors import FastossError
 from fastoss.run import read_json_lines, write_whole

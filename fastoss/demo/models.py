@@ -13,7 +13,7 @@ from typing import Any
 
 from fastoss.demo.limits import Limits
 from fastoss.errors import FastossError
-from fastoss.inference.opening import open_model
+from fastoss.inference.open_model import open_model
 from fastoss.report.report import write_report
 from fastoss.run import RunDirectory, read_json, read_lines
 

@@ -16,13 +16,13 @@ from fastoss.config import recipe_from_resolved
 from fastoss.errors import FastossError, RunFailed
 from fastoss.export.adapter_layouts import WEIGHTS, write_adapter
 from fastoss.export.card import card
+from fastoss.export.export_plan import check_plan, plan_export
 from fastoss.export.gguf_file import Quantization, check_quantization, write_gguf
-from fastoss.export.hub import check_push, push
 from fastoss.export.merge import Progress, write_companions, write_merged, write_mxfp4
 from fastoss.export.ollama import MODELFILE, modelfile
-from fastoss.export.plan import check_plan, plan_export
 from fastoss.export.subject import Subject, load_subject
 from fastoss.export.templates import export_template
+from fastoss.export.upload import check_push, push
 from fastoss.export.verify import FORMATS, RESULT, Verification, format_of, threads, verify
 from fastoss.inference.llama_cpp import check_llama_cpp
 from fastoss.model.adapter import STAMP, library_versions

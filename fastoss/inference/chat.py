@@ -15,7 +15,7 @@ from fastoss.errors import FastossError, RunFailed
 from fastoss.inference.endpoint import EndpointEngine
 from fastoss.inference.engine import Engine
 from fastoss.inference.gguf import GgufEngine
-from fastoss.inference.opening import open_model
+from fastoss.inference.open_model import open_model
 from fastoss.inference.reply import Reply
 from fastoss.inference.sampling import Effort, Question, ReasoningLanguage, Sampling
 

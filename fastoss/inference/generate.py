@@ -62,7 +62,7 @@ def generate(model: str, source: Path, output: Path, how: Batching, *, overwrite
         if done is None:
             say(f"{output} is finished; --overwrite answers it again")
             return
-        from fastoss.inference.opening import open_model
+        from fastoss.inference.open_model import open_model
 
         say(f"loading {model} …")
         engine = open_model(model)

@@ -26,7 +26,7 @@ from fastoss.data.reading.rows import Row
 from fastoss.errors import FastossError
 from fastoss.inference.engine import Engine
 from fastoss.inference.gguf import GgufEngine
-from fastoss.inference.opening import open_engine
+from fastoss.inference.open_model import open_engine
 from fastoss.inference.reply import Reply
 from fastoss.inference.sampling import Sampling
 from fastoss.inference.turns import Busy

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from fastoss.config import DataSource
 from fastoss.data.conversation import Conversation
+from fastoss.data.data_report import counted
 from fastoss.data.formats.conversations import detect_format, row_to_conversation
 from fastoss.data.formats.preferences import is_preference, row_to_preference
 from fastoss.data.reading.rows import BadRow, Row
 from fastoss.data.reading.sources import read_rows
-from fastoss.data.report import counted
 from fastoss.errors import FastossError
 from fastoss.inference.languages import language_of
 from fastoss.inference.sampling import ReasoningLanguage, asked_language

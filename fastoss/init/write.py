@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastoss.config import DataSource, DpoSettings, EvalSettings, Hygiene, ModelConfig, Recipe, TrainSettings, load_recipe
+from fastoss.data.data_report import counted
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.data.reading.sources import NotCached
-from fastoss.data.report import counted
 from fastoss.errors import FastossError
 from fastoss.init.look import Look, look_at
 from fastoss.init.text import PURPOSES, Method, Settings, recipe_text

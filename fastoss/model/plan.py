@@ -125,7 +125,7 @@ def head_tile(shape: ModelShape, setting: Setting) -> int:
 
 
 def merge_peak(shape: ModelShape) -> int:
-    """Of `fastoss export`, which works matrix by matrix: a process, and some copies of the largest matrix in float32 (export/plan.py)."""
+    """Of `fastoss export`, which works matrix by matrix: a process, and some copies of the largest matrix in float32 (export/export_plan.py)."""
     largest = max(2 * shape.hidden * shape.intermediate, shape.hidden * shape.queries) * FLOAT32
     answers = 5 * 8 * 48 * shape.vocabulary * FLOAT32
     return int(1e9 + 12 * largest + answers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastoss.data.report import counted
+from fastoss.data.data_report import counted
 from fastoss.report.facts import Facts
 from fastoss.terminal import duration
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastoss.config import Recipe, recipe_from_resolved, resolved_dict
+from fastoss.data.data_report import report_to_plain
 from fastoss.data.dataset import Dataset
 from fastoss.data.packing import Layout
-from fastoss.data.report import report_to_plain
 from fastoss.errors import FastossError, RunFailed
 from fastoss.model.adapter import library_versions
 from fastoss.model.backend import ModelPlan

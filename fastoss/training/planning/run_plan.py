@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastoss.config import Recipe
+from fastoss.data.data_report import counted
 from fastoss.data.dataset import Dataset
 from fastoss.data.packing import Layout, Schedule
-from fastoss.data.report import counted
 from fastoss.data.units import Units
 from fastoss.model.backend import ModelPlan
 from fastoss.model.cards import GIB, Card
