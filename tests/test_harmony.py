@@ -302,6 +302,7 @@ def ids_of(text: str) -> list[int]:
         ("<|channel|>final<|message|>a<|message|>b<|return|>", None, "ab", "a control token within a message"),
         ("", None, "", "no answer"),
         ("<|return|>", None, "", "no answer"),
+        ("<|channel|>final<|message|>Hi<|endoftext|>", None, "Hi", None),
         ("<|channel|>commentary to=functions.x <|constrain|>json<|message|>{}<|call|>", None, "", None),
     ],
 )

@@ -325,9 +325,7 @@ class CompletionParser:
         return Delta(self._channel, text, self._recipient) if text and self._channel else None
 
     def _flush(self) -> Delta | None:
-        delta = self._delta(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
-        return delta
+        return self._delta(self._decoder.decode(b"", final=True))
 
 
 def parse_completion(ids: Iterable[int]) -> Completion:
