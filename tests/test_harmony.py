@@ -313,6 +313,71 @@ def test_parsing(reply, thinking, content, problem):
     assert problem is None or any(problem in found for found in parsed.problems)
 
 
+CALLED = "<|channel|>commentary to=functions.x"
+
+
+@pytest.mark.parametrize(
+    ("reply", "content", "called", "problem"),
+    [
+        (f"{CALLED} <|constrain|>json<|message|>{{}}<|call|>", "", "x", None),
+        (f"{CALLED}<|constrain|>json<|message|>{{}}<|call|>", "", "x", None),
+        (" to=functions.x<|channel|>commentary <|constrain|>json<|message|>{}<|call|>", "", "x", None),
+        (" to=functions.x<|constrain|>json<|message|>{}<|call|>", "", "x", "a message without a channel"),
+        ("<|channel|>tools to=functions.x<|message|>{}<|call|>", "", "x", "a message with no known channel (tools to=functions.x)"),
+        (f"<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant{CALLED}<|message|>{{}}<|call|>", "Let me look.", "x", None),
+        (
+            f"{CALLED}<|message|>{{}}<|end|><|start|>assistant<|channel|>commentary to=functions.y<|message|>{{}}<|call|>",
+            "",
+            "x",
+            "more than one tool call",
+        ),
+        ("<|channel|>commentary to=assistant<|message|>Hi<|return|>", "Hi", None, "a message to the assistant itself"),
+        (
+            "<|channel|>final<|message|>Hi<|end|><|start|>user<|message|>And?<|return|>",
+            "Hi",
+            None,
+            "the reply continued with a message of user, left out",
+        ),
+        (
+            "<|channel|>final<|message|>Hi<|end|><|start|>system<|message|>Be<|return|>",
+            "Hi",
+            None,
+            "the reply continued with a message of system, left out",
+        ),
+        (
+            f"{CALLED}<|message|>{{}}<|end|><|start|>functions.x to=assistant<|channel|>commentary<|message|>5<|end|>",
+            "",
+            "x",
+            "of functions.x, left out",
+        ),
+        (
+            "<|channel|>final<|message|>Hi<|return|><|start|>assistant<|channel|>analysis<|message|>on",
+            "Hi",
+            None,
+            "the reply continued after its end",
+        ),
+        ("<|start|>assistantHi<|return|>", "Hi", None, "text without a header"),
+        ("<|channel|>final", "", None, "it ends within a header"),
+        ("<|channel|>analysis<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", "Hi", None, "a header without a message"),
+    ],
+)
+def test_parsing_of_calls_and_of_what_is_malformed(reply, content, called, problem):
+    parsed = parse_completion(ids_of(reply))
+    assert (parsed.content, parsed.tool_call and parsed.tool_call.name) == (content, called)
+    assert parsed.tool_call is None or parsed.tool_call.arguments == "{}"
+    assert (problem is None) == (not parsed.problems), parsed.problems
+    assert problem is None or any(problem in found for found in parsed.problems), parsed.problems
+
+
+def test_half_a_character_at_the_end_of_a_message():
+    """It is shown as a replacement character, in its own message, and the next one is whole."""
+    (first, *rest) = tok.encode("\U0001fae8")
+    assert rest, "a character of several tokens"
+    ids = [*ids_of("<|channel|>analysis<|message|>hm"), first, *ids_of("<|end|><|start|>assistant<|channel|>final<|message|>Hi"), first, RETURN]
+    parsed = parse_completion(ids)
+    assert (parsed.thinking, parsed.content) == ("hm\ufffd", "Hi\ufffd")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from([START, END, MESSAGE, CHANNEL, RETURN, CALL, CONSTRAIN, END_OF_TEXT, 200_500]) | st.integers(0, 201_087), max_size=30)
