@@ -369,6 +369,12 @@ def test_parsing_of_calls_and_of_what_is_malformed(reply, content, called, probl
     assert problem is None or any(problem in found for found in parsed.problems), parsed.problems
 
 
+def test_a_call_in_an_unknown_channel_is_streamed_as_commentary():
+    parser = CompletionParser()
+    deltas = [delta for i in ids_of("<|channel|>tools to=functions.x<|message|>{}<|call|>") if (delta := parser.feed(i))]
+    assert [(delta.channel, delta.text, delta.recipient) for delta in deltas] == [("commentary", "{}", "functions.x")]
+
+
 def test_half_a_character_at_the_end_of_a_message():
     """It is shown as a replacement character, in its own message, and the next one is whole."""
     (first, *rest) = tok.encode("\U0001fae8")
