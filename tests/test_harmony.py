@@ -211,6 +211,13 @@ def test_last_turn_only():
     assert example.conversation.messages == chat.messages
 
 
+def test_a_turn_of_no_weight_is_history_alone():
+    said = [Message("user", "1"), Message("assistant", "2", weight=0.0), Message("user", "3"), Message("assistant", "4", weight=0.5)]
+    (example,) = HarmonyRenderer(FormatSettings()).render_examples(Conversation(tuple(said)))
+    assert len(example.conversation.messages) == 4
+    assert {span.weight for span in example.spans} == {0.0, 0.5}
+
+
 def test_effort_and_date_are_in_the_prompt():
     renderer = HarmonyRenderer(FormatSettings(current_date="2025-05-05", reasoning_effort="low"))
     text = tok.decode(renderer.render_prompt([Message("user", "x")]))

@@ -165,9 +165,17 @@ def test_fillers_have_no_labels(layout):
     assert batch["loss_weights"].sum() == 0
 
 
-def test_weights_of_channels_reach_the_batch():
+def test_fractions_that_do_not_divide_the_rows_take_turns():
+    """Half of three examples: two in one epoch, one in the next, each once in both."""
+    plan = schedule([10] * 3, BatchRule("padded", rows=1), epochs=2, weights=[0.5] * 3)
+    assert plan.epoch_ends == [2, 3]
+    assert sorted(i for (i,) in plan.batches) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_weights_of_channels_reach_the_batch(layout):
     renderer = HarmonyRenderer(FormatSettings(train_on={"analysis": 0.5, "final": 2.0}))
     (example,) = renderer.render_examples(Conversation((Message("user", "u"), Message("assistant", "a", "t"))))
-    batch = collate([[example]], "packed")
+    batch = collate([[example]], layout)
     said = {(CHANNELS[c - 1] if c else None, w) for c, w in zip(batch["channels"][0].tolist(), batch["loss_weights"][0].tolist(), strict=True)}
     assert said == {(None, 0.0), ("analysis", 0.5), ("final", 2.0)}
