@@ -249,6 +249,9 @@ class LogSettings(_Section):
 
 class DistributedSettings(_Section):
     strategy: Literal["ddp", "zero2", "zero3", "fsdp"] = "ddp"
+    host_layers: int = Field(
+        0, ge=0, description="with fsdp: decoder layers whose share waits in the host's memory, which frees the card and costs time"
+    )
     ddp_timeout: int = Field(
         1800, ge=5, description="seconds that a process may keep the others waiting before the run ends, with a line that names it"
     )

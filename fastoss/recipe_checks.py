@@ -22,8 +22,7 @@ _NOT_YET: tuple[tuple[tuple[str, ...], Any, str], ...] = (
         "zero2",
         'use strategy = "ddp": ZeRO-2 keeps all weights on every card too, and LoRA has little else (docs/scaling.md)',
     ),
-    (("distributed", "strategy"), "zero3", 'use strategy = "ddp", with a precision that fits one card (docs/scaling.md)'),
-    (("distributed", "strategy"), "fsdp", 'use strategy = "ddp", with a precision that fits one card (docs/scaling.md)'),
+    (("distributed", "strategy"), "zero3", 'use strategy = "fsdp", which shares out the same (docs/scaling.md)'),
 )
 
 _GPT_OSS_NAME = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
@@ -53,6 +52,12 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
     if recipe.model.backend == "transformers" and recipe.model.precision == "mxfp4" and recipe.model.name != "tiny":
         hint = 'use precision = "bf16", or backend = "unsloth"'
         refuse(("model", "precision"), "transformers cannot train on packed MXFP4 weights", hint)
+
+    if recipe.distributed.strategy == "fsdp":
+        _check_shared_out(recipe, refuse)
+    elif recipe.distributed.host_layers:
+        hint = 'set strategy = "fsdp", or remove it'
+        refuse(("distributed", "host_layers"), 'under strategy = "ddp" every card holds the whole base', hint)
 
     lora, train = recipe.lora, recipe.train
     if len(set(lora.targets)) != len(lora.targets):
@@ -98,6 +103,23 @@ def cross_check(recipe: Recipe, source: RecipeSource) -> None:
         refuse(("hub", "repo"), "`hub.repo` is given, but `hub.push` is false", "remove it")
     if recipe.hub.repo is not None and not re.fullmatch(r"((\{HF_USER\}|[\w.-]+)/)?[\w.-]+", recipe.hub.repo):
         refuse(("hub", "repo"), f"`{recipe.hub.repo}` is not a repository name", 'for example "{HF_USER}/catgirl"')
+
+
+def _check_shared_out(recipe: Recipe, refuse: Any) -> None:
+    """What cannot be had of a base that is shared out over the processes."""
+    model, fsdp = recipe.model, 'distributed.strategy = "fsdp"'
+    if model.backend != "transformers":
+        place = ("distributed", "strategy") if model.backend == "auto" else ("model", "backend")
+        refuse(place, 'distributed.strategy = "fsdp" needs plain transformers', 'set model.backend = "transformers"')
+    if model.precision not in ("bf16", "float32"):
+        hint = 'set model.precision = "bf16"; in 4 bits or MXFP4 the base fits each card: strategy = "ddp"'
+        refuse(("model", "precision"), f"{fsdp} shares out a base in bf16 or float32, not in {model.precision}", hint)
+    if recipe.train.on_oom == "split":
+        hint = 'set train.on_oom = "error"; smaller micro-batches take less memory: train.tokens_per_batch'
+        refuse(("train", "on_oom"), f"{fsdp} cannot cut a micro-batch in one process alone: each forward pass is one of all", hint)
+    layers, waiting = _layers(model.name), recipe.distributed.host_layers
+    if layers and waiting > layers:
+        refuse(("distributed", "host_layers"), f"{waiting} layers are to wait on the host, {model.name} has {layers}")
 
 
 def _check_dpo(dpo: DpoSettings, refuse: Any) -> None:

@@ -28,6 +28,9 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(caught.value).replace(str(tmp_path) + "/", "")
 
 
+FSDP = ("distributed.strategy=fsdp", "model.backend=transformers", "model.precision=bf16")
+
+
 def test_defaults_and_paths(tmp_path):
     recipe = load(tmp_path)
     assert recipe.train.tokens_per_batch == 16384
@@ -82,7 +85,18 @@ def test_resolved_recipe_comes_back(tmp_path):
         ('name = "../x"\n[[data]]\nsource = "a"\n', (), "error: r.toml:1: `name`: string should match pattern"),
         (BASE + "[dpo]\nbeta = 0.2\n", (), 'error: r.toml:6: `[dpo]` belongs to method = "dpo", and this recipe says method = "sft"'),
         (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available in this version'),
-        (BASE + '[distributed]\nstrategy = "zero2"\n', (), 'error: r.toml:7: `distributed.strategy = "zero2"` is not available'),
+        (
+            BASE + '[distributed]\nstrategy = "zero3"\n',
+            (),
+            'error: r.toml:7: `distributed.strategy = "zero3"` is not available in this version\nhint: use strategy = "fsdp"',
+        ),
+        (BASE + '[distributed]\nstrategy = "fsdp"\n', (), 'error: r.toml:7: distributed.strategy = "fsdp" needs plain transformers\nhint: '),
+        (BASE, (*FSDP, "model.backend=unsloth"), 'backend=unsloth: distributed.strategy = "fsdp" needs plain transformers'),
+        (BASE, (*FSDP, "model.precision=4bit"), 'precision=4bit: distributed.strategy = "fsdp" shares out a base in bf16 or float32, not in 4bit'),
+        (BASE, (*FSDP, "model.precision=mxfp4"), "shares out a base in bf16 or float32, not in mxfp4"),
+        (BASE, ("distributed.host_layers=2",), 'host_layers=2: under strategy = "ddp" every card holds the whole base'),
+        (BASE.replace("tiny", "openai/gpt-oss-20b"), (*FSDP, "distributed.host_layers=25"), "25 layers are to wait on the host"),
+        (BASE, (*FSDP, "train.on_oom=split"), 'on_oom=split: distributed.strategy = "fsdp" cannot cut a micro-batch in one process alone'),
         (BASE, ("hub.push=true", "hub.repo=a/b/c"), "error: --set hub.repo=a/b/c: `a/b/c` is not a repository name"),
         (BASE, ('log.trackers=["wandbb"]',), "names the unknown tracker 'wandbb'"),
         (BASE, ("log.trackers=always",), 'should be "auto" or a list of trackers'),

@@ -22,7 +22,7 @@ from fastoss.model.backend import attach_lora, load_model, plan_model
 from fastoss.model.head import TrainedTokenLoss
 
 from .attention_helpers import check_kernel, output_and_gradients, random_inputs, random_layout
-from .conftest import ROOT, losses
+from .conftest import ROOT, ROWS, TINY_RECIPE, losses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -232,3 +232,20 @@ def test_a_card_that_is_too_small_trains_on_the_same_loss_in_pieces(tmp_path):
     split = run("split", share, "--set", "train.on_oom=split")
     assert (split.returncode, "micro-batches are cut into" in split.stderr) == (0, True), split.stderr
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has no two GPUs")
+def test_two_cards_with_half_a_base_each_train_what_two_whole_ones_train(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text(TINY_RECIPE, encoding="utf-8")
+    fsdp = "distributed.strategy=fsdp"
+    settings = {"ddp": (), "fsdp": (fsdp,), "host": (fsdp, "distributed.host_layers=2")}
+    for name, changes in settings.items():
+        pairs = [part for change in ("model.backend=transformers", "train.recompute=full", *changes) for part in ("--set", change)]
+        command = [sys.executable, "-m", "fastoss", "train", "recipe.toml", "--output", name, "--gpus", "2", *pairs]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for name in ("fsdp", "host"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "ddp"), rel=1e-4)
+        told = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert max(told["base_bytes_by_process"]) < 0.501 * told["base_bytes"]

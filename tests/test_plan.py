@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -122,12 +123,29 @@ def test_strategies_shard_what_they_shard():
     whole = memory(gpu("bf16")).components
     for kind, sharding in (
         ("weights: experts", ("zero3", "fsdp")),
-        ("gradients", ("zero2", "zero3", "fsdp")),
-        ("optimizer states", ("zero2", "zero3", "fsdp")),
+        ("LoRA", ("zero3",)),
+        ("gradients", ("zero2", "zero3")),
+        ("optimizer states", ("zero2", "zero3")),
     ):
         for strategy, parts in held.items():
             assert parts[kind] == whole[kind] // (4 if strategy in sharding else 1), (kind, strategy)
     assert all(parts["exchange between cards"] > 0 for parts in held.values())
+
+
+def test_layers_that_wait_on_the_host_free_their_share_of_the_card():
+    none, some, all_of_them = (memory(gpu("bf16", strategy="fsdp", ranks=2, host_layers=count)).components for count in (0, 6, 24))
+    for kind in ("weights: experts", "weights: attention"):
+        assert some[kind] == pytest.approx(0.75 * none[kind])
+        assert all_of_them[kind] == 0
+    rows = re.findall(r"^\| (\d) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "scaling.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for cards, waiting, *shown in rows:
+        for targets, told in zip((("attention",), ("attention", "experts")), shown, strict=True):
+            lora = LoraSettings(r=8, targets=targets)
+            setting = Setting("transformers", "bf16", "gpu", lora, True, strategy="fsdp", ranks=int(cards), host_layers=int(waiting))
+            assert f"{memory(setting, 2048).card_bytes / GIB:.1f}" == told, (cards, waiting, targets)
+    assert some["exchange between cards"] > none["exchange between cards"]
+    assert memory(gpu("bf16", host_layers=6, strategy="fsdp")).components["weights: experts"] == memory(gpu("bf16")).components["weights: experts"]
 
 
 def test_cards_by_their_names():
@@ -209,6 +227,11 @@ def test_what_does_not_fit_comes_with_what_would(tmp_path: Path):
     assert fast["fits"]
     assert fast["cost"] == pytest.approx(fast["seconds"] / 3600 * 2, rel=1e-2)
     assert check(recipe, "--card", "H200", "--gpus", 2)["components"]["exchange between cards"] > 0
+    halves = [f"--set={change}" for change in ("distributed.strategy=fsdp", "model.backend=transformers", "model.precision=bf16")]
+    on_two = check(recipe, "--card", "24GB", "--gpus", 2, *halves)
+    assert not on_two["fits"]
+    assert "distributed.host_layers" in [change["key"] for change in on_two["would_fit"]["changes"]]
+    assert on_two["would_fit"]["peak_bytes"] <= 24 * GIB
 
 
 def test_no_more_checkpoints_lie_there_than_are_written(folder: RecipeFolder):

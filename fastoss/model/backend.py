@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastoss.config import LoraSettings, ModelConfig
+from fastoss.config import DistributedSettings, LoraSettings, ModelConfig
 from fastoss.errors import FastossError
 from fastoss.model.checkpoint_source import check_folder, checkpoint_form, checkpoint_source, read_config
 from fastoss.model.lora import EXPERT_PARAMETERS, TrainableCounts, check_targets, chosen_expert_layers, load_adapter_weights, peft_targets
@@ -99,10 +99,11 @@ def prepare_process(plan: ModelPlan) -> None:
         torch.set_num_threads(1)  # bit-reproducible, and on a busy machine two threads are slower by far
 
 
-def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> Any:
+def load_model(config: ModelConfig, plan: ModelPlan | None = None, *, shared_out: DistributedSettings | None = None) -> Any:
     """Load the base model, ready for `attach_lora`: router loss off, no network for a folder.
 
-    Raises `FastossError` when the checkpoint cannot be reached or read.
+    With `shared_out` this process's share alone (sharding.py): all processes of the group must call. Raises `FastossError` when
+    the checkpoint cannot be reached or read.
     """
     plan = plan or plan_model(config, gpu=has_gpu())
     prepare_process(plan)
@@ -111,11 +112,14 @@ def load_model(config: ModelConfig, plan: ModelPlan | None = None) -> Any:
     source = model_source(plan)
     form = checkpoint_form(read_config(source), source, plan.precision, plan.backend)
     try:
-        model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan, form)
+        if shared_out is not None:
+            model = _load_shared_out(source, plan, shared_out)
+        else:
+            model = _load_with_unsloth(source, config, plan) if plan.backend == "unsloth" else _load_with_transformers(source, plan, form)
     except (OSError, SafetensorError) as problem:
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise FastossError(f"the weights cannot be read: {first}", place=f"model.name = {config.name}") from problem
-    if plan.precision == "float32":
+    if plan.precision == "float32" and shared_out is None:
         model = model.float()  # dequantised MXFP4 experts come back in bf16, whatever dtype was asked for
     # The checkpoint says 0.9, and TRL would add that loss to every step.
     model.config.router_aux_loss_coef = 0.0
@@ -158,7 +162,11 @@ def _attach_with_peft(model: Any, settings: LoraSettings, layers: list[int]) -> 
 
     targets = peft_targets(settings, layers)
     lora = LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias="none", task_type="CAUSAL_LM", **targets)
-    return get_peft_model(model, lora)
+    peft_model = get_peft_model(model, lora)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:  # PEFT puts it where its base lies, which may be the host (sharding.py)
+            parameter.data = parameter.data.to(model.device)
+    return peft_model
 
 
 def _load_with_transformers(source: str, plan: ModelPlan, form: str) -> Any:
@@ -181,6 +189,17 @@ def _load_with_transformers(source: str, plan: ModelPlan, form: str) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _load_shared_out(source: str, plan: ModelPlan, settings: DistributedSettings) -> Any:
+    import torch
+
+    from fastoss.model.attention import register_packed_attention
+    from fastoss.model.sharding import load_shared_out
+
+    dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if plan.device == "gpu" else torch.device("cpu")
+    return load_shared_out(source, register_packed_attention(), dtype, device, host_layers=settings.host_layers)
 
 
 def _prepare_unsloth() -> None:

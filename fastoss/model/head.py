@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastoss.model.sharding import whole
+
 CHUNK = 256  # positions at a time on a GPU: 206 MB of float32 logits
 CPU_CHUNK = 32  # 26 MB: below what malloc gives back to the system each time (256 took 1.25 times as long)
 
@@ -83,9 +85,10 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats of each of `hidden` (tokens, hidden) against `targets` (tokens,): minus its log-probability.
 
-    Returns the losses (tokens,) in float32, how many targets are the likeliest token, and the summed entropy. Only the losses have a gradient.
+    Returns the losses (tokens,) in float32, how many targets are the likeliest token, and the summed entropy. Only the losses have a
+    gradient. A head that is shared out over processes (sharding.py) is fetched here, once: the backward pass does without it.
     """
-    losses, correct, entropy = _TokenLosses.apply(hidden, weight, targets, chunk)
+    losses, correct, entropy = _TokenLosses.apply(hidden, whole(weight), targets, chunk)
     return losses, correct, entropy
 
 

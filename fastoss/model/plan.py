@@ -44,6 +44,7 @@ class Setting:
     recompute: bool
     strategy: Strategy = "ddp"
     ranks: int = 1
+    host_layers: int = 0  # with fsdp: their shares wait on the host
     mapped: bool = False  # on a processor: the weights lie in a file of the same dtype, and are read when they are touched
 
 
@@ -91,28 +92,31 @@ def _held(shape: ModelShape, setting: Setting) -> dict[str, int]:
         weights["weights: embedding and head"] //= 2  # of the embedding the rows that are met, no more
     if setting.device == "cpu" and setting.precision != "float32":
         weights = shape.weight_bytes("bf16", setting.backend)
-    shards = _shards(setting, "weights")
-    parts = {name: count // shards for name, count in weights.items()}
+    parts = {name: count // _shards(setting, "weights") for name, count in weights.items()}
+    waiting = min(setting.host_layers, shape.layers) if _shards(setting, "weights") > 1 and setting.device == "gpu" else 0
+    for name in ("weights: experts", "weights: attention"):
+        parts[name] -= parts[name] * waiting // shape.layers
     trained = sum(shape.lora_parameters(setting.lora).values())
     # PEFT and Unsloth keep the adapter in float32, whatever the base is in.
-    parts["LoRA"] = FLOAT32 * trained // shards
+    parts["LoRA"] = FLOAT32 * trained // _shards(setting, "LoRA")
     parts["gradients"] = FLOAT32 * trained // _shards(setting, "gradients")
     parts["optimizer states"] = 2 * FLOAT32 * trained // _shards(setting, "optimizer")
     if setting.ranks > 1:
-        # DDP reduces copies of the gradients; ZeRO-2 its bucket; the others gather two layers at a time.
-        buckets = {"ddp": FLOAT32 * trained, "zero2": min(FLOAT32 * trained, 2 * 10**9)}
+        # DDP reduces copies of the gradients, ZeRO-2 its bucket. The others fetch layers: FSDP2 holds the one that computes beside the next
+        # one's buffer in the backward pass, beside two buffers in the forward pass (where experts with LoRA take one stack less).
         layer = (shape.attention_matrices + shape.experts * shape.expert_matrices) * (FLOAT32 if setting.precision == "float32" else BF16)
-        parts["exchange between cards"] = buckets.get(setting.strategy, 2 * layer)
+        fetched = (2 if shape.lora_parameters(setting.lora)["experts"] else 3) * layer + (layer // setting.ranks if waiting else 0)
+        parts["exchange between cards"] = {"ddp": FLOAT32 * trained, "zero2": min(FLOAT32 * trained, 2 * 10**9)}.get(setting.strategy, fetched)
     return parts
 
 
-def _shards(setting: Setting, what: Literal["weights", "gradients", "optimizer"]) -> int:
+def _shards(setting: Setting, what: Literal["weights", "LoRA", "gradients", "optimizer"]) -> int:
     """Over how many processes a kind is spread."""
     spread = {
         "ddp": (),
         "zero2": ("gradients", "optimizer"),
-        "zero3": ("weights", "gradients", "optimizer"),
-        "fsdp": ("weights", "gradients", "optimizer"),
+        "zero3": ("weights", "LoRA", "gradients", "optimizer"),
+        "fsdp": ("weights",),  # of the frozen base; the LoRA is whole in each process (model/sharding.py)
     }
     return setting.ranks if what in spread[setting.strategy] else 1
 

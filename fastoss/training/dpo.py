@@ -32,6 +32,7 @@ from fastoss.training.cadence import Cadence
 from fastoss.training.first_batch import check_example, laid_out
 from fastoss.training.progress import rank, world_size
 from fastoss.training.scheduled import BROKEN_HINT, ScheduledTrainer, Training, common_arguments, one_card
+from fastoss.training.shared_base import dealt
 
 Pairs = Sequence[Sequence[Example]]  # each [chosen, rejected]
 
@@ -229,10 +230,10 @@ class HarmonyDPOTrainer(ScheduledTrainer, DPOTrainer):
         started = time.monotonic()
         self._means("eval")
         with torch.no_grad():
-            for done, members in enumerate(training.eval_batches[rank() :: world_size()]):
+            for done, (members, counts) in enumerate(dealt(training.eval_batches)):
                 training.watchdog.stage(f"evaluating after step {self.state.global_step:,}, batch {done + 1}")
                 batch = collate_pairs([training.eval[i] for i in members], training.layout) | reference_of(training.eval_reference, members)
-                self.compute_loss(self.model, self._prepare_inputs(batch | {"counts": torch.tensor(1.0)}))
+                self.compute_loss(self.model, self._prepare_inputs(batch | {"counts": torch.tensor(float(counts))}))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
         loss = metrics[f"{metric_key_prefix}_loss"]
         if not math.isfinite(loss):

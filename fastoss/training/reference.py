@@ -21,6 +21,7 @@ from fastoss.model.backend import ModelPlan
 from fastoss.run import file_digest, write_whole
 from fastoss.training.dpo import answer_logps, collate_pairs
 from fastoss.training.progress import Console, rank, world_size
+from fastoss.training.shared_base import dealt, of_each
 
 
 def reference_logps(
@@ -35,7 +36,7 @@ def reference_logps(
     off = recipe.dpo.reference == "adapter_off" or start is None
     key = _key(model, recipe, plan, dataset, units, None if off else start)
     path = dataset.store.folder / f"reference-{key}.npy"
-    if path.is_file():
+    if all(of_each(path.is_file())) if world_size() > 1 else path.is_file():  # machines have caches of their own
         console.say(f"the reference's log-probabilities are in the cache ({len(units):,} pairs)")
         return numpy.load(path)
     console.say(f"asking the reference ({'the base model' if off else start}) for {len(units):,} pairs …")
@@ -44,8 +45,10 @@ def reference_logps(
     training = model.training
     model.eval()
     with torch.no_grad(), model.disable_adapter() if off else contextlib.nullcontext():
-        for members in batches[rank() :: world_size()]:
-            found[list(members)] = _pair_logps(model, units, members, rule.layout)
+        for members, counts in dealt(batches):
+            logps = _pair_logps(model, units, members, rule.layout)
+            if counts:
+                found[list(members)] = logps
     model.train(training)
     if world_size() > 1:
         torch.distributed.all_reduce(found)

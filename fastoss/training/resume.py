@@ -31,7 +31,10 @@ from fastoss.training.progress import Console, rank, world_size
 
 Kind = Literal["free", "noted", "insist", "another run"]
 
-_FREE = {"checkpoint", "log", "samples", "hub", "eval.every", "eval.after", "eval.replies", "train.on_oom", "distributed.ddp_timeout"}
+_FREE = {
+    "checkpoint", "log", "samples", "hub", "eval.every", "eval.after", "eval.replies", "train.on_oom", "distributed.ddp_timeout",
+    "distributed.host_layers",
+}  # fmt: skip
 _ANOTHER_RUN = {"method", "model.name", "model.adapter", "lora", "model.precision", "precision"}
 _FACTS = {"world_size": "the number of processes", "backend": "the backend", "precision": "the precision", "layout": "the layout of batches"}
 

@@ -24,6 +24,7 @@ from fastoss.model.backend import ModelPlan, ready_for_inference, ready_for_trai
 from fastoss.run import RunDirectory, read_json_lines, write_whole
 from fastoss.terminal import working
 from fastoss.training.progress import Console, rank
+from fastoss.training.shared_base import agreed, is_shared_out
 
 _AT_ONCE = 16  # questions answered in one batch
 # Of a handful of rows: what goes wrong in training shows here first. Likeness to the expected answer is for `fastoss evaluate`.
@@ -61,38 +62,52 @@ class Samples:
         self.questions += [Question.of(chat, held_out=False) for chat in chosen]
         self.questions += [Question.of(chat, held_out=True) for chat in _held_out(recipe, dataset)]
         self.start = recipe.model.adapter  # None: the base
+        # A base that is shared out is asked by all processes together, token by token; process 0 keeps the answers.
+        self.together = is_shared_out(recipe)
+        self.asks = rank() == 0 or self.together
         self.before: list[dict[str, Any]] = []
 
     def answer_before(self, model: Any, plan: ModelPlan, step: int = 0) -> None:
         """Answer with the model as the run starts, unless an earlier start of this run did so; `step` is the one it resumes from."""
         self.plan = plan
-        if not self.questions or rank() != 0:
+        if not self.questions or not self.asks:
             return
-        if self.run.samples.is_file():
-            entries = read_json_lines(self.run.samples)
-            limit = self.recipe.samples.max_new_tokens
-            known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"], entry.get("start")) for entry in entries]
-            if known == [(self._shown(q), q.reasoning_effort, limit, self.start) for q in self.questions]:
-                self.before = [entry["before"] for entry in entries]
-                for question, entry in zip(self.questions, entries, strict=True):
-                    question.during = [reply for reply in entry.get("during", []) if reply["step"] <= step]  # later ones will come again
-                return
+        entries = self._kept()
+        if entries is not None:
+            self.before = [entry["before"] for entry in entries]
+            for question, entry in zip(self.questions, entries, strict=True):
+                question.during = [reply for reply in entry.get("during", []) if reply["step"] <= step]  # later ones will come again
+            return
         count = len(self.questions)
         whom = f"the model as it starts ({self.start})" if self.start else "the base model"
         self.console.say(f"asking {whom} {count} question{'' if count == 1 else 's'} …")
+        if self.together:
+            limit = self.recipe.samples.max_new_tokens
+            self.console.say(f"note: every token of a reply (at most {limit:,}) fetches the whole base from all processes, which takes time")
         if plan.source is None and not self.start:
             self.console.say("note: the tiny base has random weights, so its replies are noise; tuned, it knows its training rows and nothing else")
         with contextlib.nullcontext() if self.start else model.disable_adapter(), working(f"asking {count} question{'' if count == 1 else 's'}"):
             self.before = [_plain(answer.completion) for answer in self._answers(model, self.questions)]
         self._write([None] * len(self.questions))
 
+    def _kept(self) -> list[dict[str, Any]] | None:
+        """What an earlier start of this run was answered to the same questions; None where it was not."""
+        entries = None
+        if rank() == 0 and self.run.samples.is_file():
+            entries = read_json_lines(self.run.samples)
+            limit = self.recipe.samples.max_new_tokens
+            known = [(entry["messages"], entry["reasoning_effort"], entry["max_new_tokens"], entry.get("start")) for entry in entries]
+            if known != [(self._shown(q), q.reasoning_effort, limit, self.start) for q in self.questions]:
+                entries = None
+        return agreed(entries) if self.together else entries
+
     def answer_during(self, model: Any, step: int) -> dict[str, float]:
         """Answer the held-out questions as far as the model has learned: means of the reply measures, as metrics of an evaluation.
 
-        Replies are the likeliest tokens, and the random state of training is restored: no later loss depends on this. Only rank 0 asks.
+        Replies are the likeliest tokens, and the random state of training is restored: no later loss depends on this. Metrics are rank 0's.
         """
         asked = [question for question in self.questions if question.held_out]
-        if not asked or rank() != 0:
+        if not asked or not self.asks:
             return {}
         answers = self._answers(model, asked)
         found: dict[str, list[float]] = {}
@@ -108,7 +123,7 @@ class Samples:
 
     def answer_after(self, model: Any, plan: ModelPlan) -> None:
         """Answer with the tuned model, print both side by side, and count the answers given word for word."""
-        if not self.questions:
+        if not self.questions or not self.asks:
             return
         with working("asking the tuned model"):
             after = [_plain(answer.completion) for answer in self._answers(model, self.questions)]
@@ -143,6 +158,8 @@ class Samples:
         return answers
 
     def _write(self, after: list[Any]) -> None:
+        if rank() != 0:
+            return
         entries = [
             {
                 "messages": self._shown(q),

@@ -27,6 +27,7 @@ from fastoss.training.checkpoint import MANIFEST, CheckpointWriter, Saving, chec
 from fastoss.training.disk import disk_full
 from fastoss.training.memory import cut, free_memory, is_out_of_memory, memory_line, out_of_memory
 from fastoss.training.progress import Console, MetricsFile, rank, world_size
+from fastoss.training.shared_base import average_gradients, is_shared_out, same_start
 from fastoss.training.signals import StopRequest
 from fastoss.training.watchdog import Watchdog
 
@@ -163,6 +164,7 @@ class ScheduledTrainer:
         self.training = training
         self._micro_batch = 0  # of this rank
         self._pieces = 1  # into which each micro-batch is cut, so that it fits into memory
+        self._shared_out = is_shared_out(training.recipe)
 
     def _number(self, micro_batch: int) -> int:
         """This rank's micro-batch in the schedule of all ranks."""
@@ -182,6 +184,17 @@ class ScheduledTrainer:
             self._pieces = pieces[rank()] if len(pieces) == world_size() else 1
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)  # type: ignore[misc]
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self._shared_out:  # its shares lie where they belong
+            super()._move_model_to_device(model, device)  # type: ignore[misc]
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._shared_out:
+            # accelerate puts no DDP around shares, and knows FSDP only where it shares out itself: from it comes the autocast alone.
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+            same_start(model)
+        return super()._wrap_model(model, *args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.training.writer.check()
         self.training.watchdog.stage(f"in forward and backward of step {self.state.global_step + 1:,}")
@@ -189,6 +202,8 @@ class ScheduledTrainer:
             loss = self._fitted_step(model, inputs, num_items_in_batch)
         else:
             loss = self._whole_step(model, inputs, num_items_in_batch)
+        if self._shared_out and self._closes_step(self._micro_batch):
+            average_gradients(self.model)
         if not torch.isfinite(loss):
             self._refuse(f"the loss is {loss.item()}")
         self._micro_batch += 1
@@ -232,15 +247,15 @@ class ScheduledTrainer:
             self.model.zero_grad(set_to_none=True)
             free_memory()
             again = True
-        last = now % accumulation == accumulation - 1 or self._number(now) + world_size() >= len(self.training.schedule.batches)
-        if world_size() > 1 and last:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= world_size()
+        if world_size() > 1 and self._closes_step(now):
+            average_gradients(self.model)
         return loss
+
+    def _closes_step(self, micro_batch: int) -> bool:
+        """Whether the optimizer follows after this one of this rank."""
+        accumulation = self.args.gradient_accumulation_steps
+        ragged_end = self._number(micro_batch) + world_size() >= len(self.training.schedule.batches)
+        return micro_batch % accumulation == accumulation - 1 or ragged_end
 
     def _step_in_pieces(self, micro_batch: int, items: Any) -> torch.Tensor:
         number = self._number(micro_batch)

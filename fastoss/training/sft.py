@@ -24,6 +24,7 @@ from fastoss.training.cadence import Cadence
 from fastoss.training.first_batch import check_example, laid_out
 from fastoss.training.progress import rank, world_size
 from fastoss.training.scheduled import BROKEN_HINT, ScheduleCollator, ScheduledTrainer, Training, common_arguments, one_card
+from fastoss.training.shared_base import dealt
 
 
 def sft_config(recipe: Recipe, run: RunDirectory, plan: ModelPlan, *, recompute: bool) -> SFTConfig:
@@ -89,21 +90,21 @@ class HarmonySFTTrainer(ScheduledTrainer, SFTTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss over the held-out examples, each trained token counted once with its weight, over all ranks."""
         training = self.training
-        batches = training.eval_batches[rank() :: world_size()]
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         started = time.monotonic()
         self.token_loss.take_sums()
         with torch.no_grad():
-            for done, members in enumerate(batches):
+            for done, (members, counts) in enumerate(dealt(training.eval_batches)):
                 training.watchdog.stage(f"evaluating after step {self.state.global_step:,}, batch {done + 1}")
-                batch = self._prepare_inputs(collate([training.eval[i] for i in members], training.layout))
+                batch = self._prepare_inputs(collate([training.eval[i] for i in members], training.layout, train=counts))
                 batch.pop("examples", None)
                 weights = batch.pop("loss_weights")
                 total = weights[:, 1:].sum(dtype=torch.float64)
                 self.token_loss.mark(weights, batch.pop("channels"))
                 mean = self.model(**batch, use_cache=False)["loss"]
-                sums += torch.stack([mean.double() * total, total])
+                if counts:
+                    sums += torch.stack([mean.double() * total, total])
         if world_size() > 1:
             torch.distributed.all_reduce(sums)
         loss = (sums[0] / sums[1]).item()

@@ -33,6 +33,7 @@ from fastoss.training.planning.run_plan import RunPlan, note_measured, plan_run,
 from fastoss.training.progress import Console, MetricsFile, draw_curves, duration, rank, world_size
 from fastoss.training.push import push_adapter, say_before
 from fastoss.training.resume import opened, run_facts
+from fastoss.training.shared_base import is_shared_out, join_processes, of_each
 from fastoss.training.signals import end_with_parent
 from fastoss.training.trackers.trackers import Trackers, usable_trackers
 from fastoss.training.watchdog import Watchdog
@@ -58,6 +59,8 @@ def train(
     trackers = usable_trackers(recipe.log, console)
     say_before(recipe, console)
     console.say(f"{recipe.name}: {plan.line()}")
+    if recipe.distributed.strategy == "fsdp" and world_size() == 1:
+        console.say('note: distributed.strategy = "fsdp" shares out nothing in one process (--gpus N)')
     for note in plan.notes:
         console.say(f"note: {note}")
     dataset = build_dataset(recipe, sample=sample, progress=console.say)
@@ -146,10 +149,14 @@ def _train_model(
     meter = MemoryMeter(plan, recipe.method)
     console.say(f"loading {plan.source or 'the tiny model'} …")
     with terminal.working("loading the model", draw=plan.source is None, tell=console.say):  # libraries draw bars for a checkpoint
-        model = load_model(recipe.model, plan)
+        if is_shared_out(recipe):
+            join_processes(recipe, plan)
+        model = load_model(recipe.model, plan, shared_out=recipe.distributed if is_shared_out(recipe) else None)
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
     model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
     console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
+    if is_shared_out(recipe):
+        _note_shares(model, run, console)
     if rank() == 0 and gpu:
         _note_card(run)
     watchdog.stage("checking the attention kernels")
@@ -223,8 +230,7 @@ def _train_model(
     first = checkpoint_step(checkpoint) + 1 if checkpoint else 1
     console.say(f"trained steps {first:,} to {training.total_steps:,} in {duration(time.monotonic() - begun)}")
     watchdog.stage("asking the last questions")
-    if rank() == 0:
-        samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
+    samples.answer_after(model, plan)  # before the adapter, whose presence says that the run is finished
     _save_adapter(trainer, recipe, run, plan)
     watchdog.stop()
     if rank() == 0:
@@ -236,6 +242,18 @@ def _note_card(run: RunDirectory) -> None:
     import torch
 
     write_json(run.manifest, read_json(run.manifest) | {"gpu": torch.cuda.get_device_name()})
+
+
+def _note_shares(model: Any, run: RunDirectory, console: Console) -> None:
+    """What each process holds of the base, as it is measured: said, and into the manifest."""
+    from fastoss.model.sharding import held_bytes
+
+    held, waiting, whole = held_bytes(model)
+    shares = of_each(held)
+    on_host = f", {terminal.size(waiting)} of it in the host's memory" if waiting else ""
+    console.say(f"the base is shared out: each of {len(shares)} processes holds {terminal.size(max(shares))} of {terminal.size(whole)}{on_host}")
+    if rank() == 0:
+        write_json(run.manifest, read_json(run.manifest) | {"base_bytes_by_process": shares, "base_bytes": whole})
 
 
 def _note_saving(run: RunDirectory, costs: list[dict[str, Any]]) -> None:

@@ -127,6 +127,12 @@ def _steps(recipe: Recipe, model: ModelPlan, rows: Rows, ranks: int) -> list[tup
             return []
         return [Change("train.tokens_per_batch", train.tokens_per_batch, half, "no quality, a little speed"), more]
 
+    def more_on_host(state: Recipe) -> list[Change]:
+        waiting, layers = state.distributed.host_layers, shape_of(recipe.model.name).layers
+        if state.distributed.strategy != "fsdp" or ranks == 1 or waiting >= layers:
+            return []
+        return [Change("distributed.host_layers", waiting, min(waiting + 2, layers), "no quality, traffic between host and card")]
+
     def unused_length(state: Recipe) -> list[Change]:
         """max_length above the longest row only keeps the batch from getting smaller."""
         length = -(-longest // 64) * 64
@@ -169,6 +175,7 @@ def _steps(recipe: Recipe, model: ModelPlan, rows: Rows, ranks: int) -> list[tup
         *batch,
         ("length", unused_length),
         *batch,
+        *[("host", more_on_host)] * 12,
         *plain,
         *[("rank", lower_rank)] * 3,
         *[("length", shorter), *batch] * 3,

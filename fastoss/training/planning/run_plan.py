@@ -148,10 +148,12 @@ def plan_run(
 
 def setting_of(recipe: Recipe, model: ModelPlan, ranks: int) -> Setting:
     """What memory depends on in a recipe."""
+    shared_out = recipe.distributed.strategy == "fsdp" and ranks > 1  # read by shares, not mapped
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and model.device == "gpu")
     return Setting(
         backend=model.backend, precision=model.precision, device=model.device, lora=recipe.lora, recompute=recompute,
-        strategy=recipe.distributed.strategy, ranks=ranks, mapped=model.device == "cpu" and _is_float32(model),
+        strategy=recipe.distributed.strategy, ranks=ranks, host_layers=recipe.distributed.host_layers,
+        mapped=model.device == "cpu" and not shared_out and _is_float32(model),
     )  # fmt: skip
 
 
