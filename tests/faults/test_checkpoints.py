@@ -11,11 +11,53 @@ from pathlib import Path
 
 import pytest
 
-from fastoss.run import RunDirectory
+from fastoss.run import RunDirectory, file_digest, write_json
 from fastoss.training.checkpoint import checkpoint_fault, latest_checkpoint, list_checkpoints, remove_older
+from fastoss.training.progress import MetricsFile
 
 from ..conftest import metrics
 from .conftest import SLOW, STEPS, Place, Prepared, wait_for
+
+
+def saved(run: RunDirectory, step: int) -> None:
+    """A whole checkpoint of no content."""
+    folder = run.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    files = {}
+    for name in ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
+        (folder / name).write_bytes(b"x")
+        files[name] = {"bytes": 1, "sha256": file_digest(folder / name)}
+    write_json(folder / "checkpoint.json", {"step": step, "files": files})
+
+
+def test_checkpoints_go_by_their_steps_and_as_many_are_kept_as_asked_for(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step in (8, 9, 10, 11):
+        saved(run, step)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-8", "checkpoint-9", "checkpoint-10", "checkpoint-11"]
+    assert latest_checkpoint(run).name == "checkpoint-11"
+    remove_older(run, 9)
+    assert len(list_checkpoints(run)) == 4
+    (run.checkpoints / "checkpoint-11" / "optimizer.pt").write_bytes(b"")  # it does not count as one of two
+    remove_older(run, 2)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+    assert latest_checkpoint(run).name == "checkpoint-10"
+    remove_older(run, 3)
+    assert len(list_checkpoints(run)) == 3
+
+
+def test_metrics_after_a_kill_end_at_the_checkpoint_and_know_the_best(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    entries = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 1.0}, {"step": 3, "eval_loss": 2.0}, {"step": 4, "eval_loss": 0.5}]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"step": 5, "lo')
+    metrics_file = MetricsFile(path, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:3]
+    assert metrics_file.best == {"eval_loss": 1.0, "step": 2}
+    metrics_file.write(4, {"eval_loss": 1.5})
+    assert metrics_file.best == {"eval_loss": 1.0, "step": 2}
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4, "eval_loss": 1.5}
+    assert MetricsFile(path, 0).best is None
+    assert path.read_text() == ""
 
 
 def same_end(run: Path, whole: Path) -> None:
