@@ -26,7 +26,7 @@ AREAS = {
     "renderer": ["test_harmony.py", "test_harmony_golden.py", "test_tools.py", "test_dataset.py", "test_conformance.py"],
     "parser": ["test_harmony.py", "test_fuzz.py", "test_engine.py"],
     "labels": ["test_trees.py", "test_packing.py", "test_preferences.py", "test_packed_exact.py"],
-    "packing": ["test_packing.py", "test_trees.py", "test_attention.py", "test_packed_exact.py"],
+    "packing": ["test_packing.py", "test_trees.py", "test_dataset.py", "test_attention.py", "test_packed_exact.py"],
     "loss": ["test_model.py", "test_trees.py", "test_packing.py", "test_packed_exact.py", "test_training.py"],
     "merge": ["test_export_mxfp4.py", "test_export_layouts.py", "test_export.py", "test_export_sabotage.py", "test_export_templates.py"],
     "resume": [

@@ -23,6 +23,7 @@ from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.hygiene import content_key, near_key
 from fastoss.data.show import example_lines
 from fastoss.data.store import Examples, StoreWriter, TokenStore, part_of
+from fastoss.data.units import tree_units
 from fastoss.errors import FastossError
 
 from .conftest import ROOT, ROWS, fastoss
@@ -504,3 +505,18 @@ def test_a_hub_out_of_reach_is_a_note_for_check_and_an_error_for_train(folder):
     result = fastoss("train", folder.recipe, cwd=folder.root, **nowhere)
     assert (result.code, "hf:some/rows: the dataset is not in the cache" in result.err) == (2, True)
     assert not (folder.root / "runs").exists()
+
+
+def test_a_chat_is_a_tree_where_it_fits_and_single_examples_where_it_does_not(folder):
+    """All its examples either way; the tree is longer than the longest of them, and shorter than all together."""
+    turns = [{"role": role, "content": f"{role} says {'something ' * 8}{i}"} for i in range(4) for role in ("user", "assistant")]
+    folder.rows([{"messages": turns}])
+    dataset = built(folder, "model.max_length=1024")
+    (tree,) = tree_units(dataset.train, [1.0] * 4, 4096).lengths
+    longest, together = max(dataset.train.lengths), sum(dataset.train.lengths)
+    assert longest < tree < together
+    for budget, lengths in ((tree, [tree]), (tree - 1, list(dataset.train.lengths))):
+        units = tree_units(dataset.train, [1.0] * 4, budget)
+        assert units.lengths == lengths
+        assert [e.input_ids for unit in units for e in unit] == [e.input_ids for e in dataset.train]
+        assert (units.saved > 0.1) == (len(lengths) == 1)
