@@ -7,7 +7,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastoss import terminal
 from fastoss.config import Recipe
@@ -37,6 +37,9 @@ from fastoss.training.shared_base import is_shared_out, join_processes, of_each
 from fastoss.training.signals import end_with_parent
 from fastoss.training.trackers.trackers import Trackers, usable_trackers
 from fastoss.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from fastoss.training.scheduled import Training
 
 
 def train(
@@ -141,28 +144,11 @@ def _train_model(
     recipe: Recipe, run: RunDirectory, plan: ModelPlan, needs: RunPlan, dataset: Dataset, layout: Layout, units: Units, schedule: Schedule,
     console: Console, trackers: list[str], start_adapter: Path | None,
 ) -> None:  # fmt: skip
-    gpu = plan.device == "gpu"
-    started = time.monotonic()
     watchdog = Watchdog(run, recipe.distributed.ddp_timeout, console.shout)
     watchdog.stage("loading the model")
     watchdog.start()
     meter = MemoryMeter(plan, recipe.method)
-    console.say(f"loading {plan.source or 'the tiny model'} …")
-    with terminal.working("loading the model", draw=plan.source is None, tell=console.say):  # libraries draw bars for a checkpoint
-        if is_shared_out(recipe):
-            join_processes(recipe, plan)
-        model = load_model(recipe.model, plan, shared_out=recipe.distributed if is_shared_out(recipe) else None)
-    recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and gpu)
-    model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
-    console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
-    if is_shared_out(recipe):
-        _note_shares(model, run, console)
-    if rank() == 0 and gpu:
-        _note_card(run)
-    watchdog.stage("checking the attention kernels")
-    console.say(prove_attention(model))
-    for note in notes:
-        console.say(f"note: {note}")
+    model = _load_with_lora(recipe, run, plan, console, watchdog, start_adapter)
 
     # From here on: Unsloth, if it is used, has been imported, and TRL may be.
     from fastoss.training.samples import Samples
@@ -181,26 +167,7 @@ def _train_model(
         layout=layout, stop=stop, watchdog=watchdog, writer=CheckpointWriter(run, recipe.checkpoint.keep, console.say),
         total_steps=steps_of(schedule, recipe, world_size()), replies=samples.answer_during if recipe.eval.replies else None,
     )  # fmt: skip
-    settings: dict[str, Any] = {"recompute": recompute}
-    if recipe.method == "dpo":
-        from fastoss.training.dpo import HarmonyDPOTrainer, check_first_pairs, dpo_config
-        from fastoss.training.reference import reference_logps
-
-        arguments = dpo_config(recipe, run, plan, **settings)
-        trainer = HarmonyDPOTrainer(training, model=model, args=arguments, processing_class=load_chat_tokenizer(plan))
-        ask = partial(reference_logps, model, recipe, plan, dataset, rule=rule, console=console, start=start_adapter)
-        trainer.collator.reference = ask(units=units)
-        training.eval_reference = ask(units=held_out) if len(held_out) else None
-    else:
-        from fastoss.training.sft import HarmonySFTTrainer, check_first_batch, sft_config
-
-        trainer = HarmonySFTTrainer(training, model=model, args=sft_config(recipe, run, plan, **settings), processing_class=load_chat_tokenizer(plan))
-    trainer.pop_callback(_printer())
-    ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
-    if recipe.method == "sft":
-        check_first_batch(trainer, HarmonyRenderer(recipe.format))
-    else:
-        check_first_pairs(trainer, HarmonyRenderer(recipe.format))
+    trainer = _make_trainer(training, plan, dataset, model, start_adapter)
     _agree_on_checkpoint(checkpoint_step(checkpoint) if checkpoint else 0)
     if checkpoint:
         console.say(f"resuming from {checkpoint.name}")
@@ -236,6 +203,60 @@ def _train_model(
     if rank() == 0:
         console.say(measured())
     console.say(f"adapter: {run.adapter}\ntry it: fastoss chat {shlex.quote(str(run.root))}{samples.suggestion()}")
+
+
+def _load_with_lora(recipe: Recipe, run: RunDirectory, plan: ModelPlan, console: Console, watchdog: Watchdog, start_adapter: Path | None) -> Any:
+    """The base with LoRA attached, its attention kernels checked."""
+    started = time.monotonic()
+    console.say(f"loading {plan.source or 'the tiny model'} …")
+    with terminal.working("loading the model", draw=plan.source is None, tell=console.say):  # libraries draw bars for a checkpoint
+        if is_shared_out(recipe):
+            join_processes(recipe, plan)
+        model = load_model(recipe.model, plan, shared_out=recipe.distributed if is_shared_out(recipe) else None)
+    recompute = _recomputes(recipe, plan)
+    model, counts, notes = attach_lora(model, recipe.lora, plan, adapter=start_adapter, recompute=recompute, seed=recipe.train.seed)
+    console.say(f"loaded in {duration(time.monotonic() - started)}; {counts.line()}")
+    if is_shared_out(recipe):
+        _note_shares(model, run, console)
+    if rank() == 0 and plan.device == "gpu":
+        _note_card(run)
+    watchdog.stage("checking the attention kernels")
+    console.say(prove_attention(model))
+    for note in notes:
+        console.say(f"note: {note}")
+    return model
+
+
+def _recomputes(recipe: Recipe, plan: ModelPlan) -> bool:
+    """Gradient checkpointing: as the recipe says, else on a GPU."""
+    return recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and plan.device == "gpu")
+
+
+def _make_trainer(training: Training, plan: ModelPlan, dataset: Dataset, model: Any, start_adapter: Path | None) -> Any:
+    """TRL's trainer for the method, its first batch compared with a fresh rendering."""
+    recipe, run, renderer = training.recipe, training.run, HarmonyRenderer(training.recipe.format)
+    recompute, processing_class = _recomputes(recipe, plan), load_chat_tokenizer(plan)
+    trainer: Any
+    if recipe.method == "dpo":
+        from fastoss.training.dpo import HarmonyDPOTrainer, check_first_pairs, dpo_config
+        from fastoss.training.reference import reference_logps
+
+        arguments = dpo_config(recipe, run, plan, recompute=recompute)
+        trainer = HarmonyDPOTrainer(training, model=model, args=arguments, processing_class=processing_class)
+        ask = partial(reference_logps, model, recipe, plan, dataset, rule=batch_rule(recipe), console=training.console, start=start_adapter)
+        trainer.collator.reference = ask(units=training.train)
+        training.eval_reference = ask(units=training.eval) if len(training.eval) else None
+        check_first = check_first_pairs
+    else:
+        from fastoss.training.sft import HarmonySFTTrainer, check_first_batch, sft_config
+
+        arguments = sft_config(recipe, run, plan, recompute=recompute)
+        trainer = HarmonySFTTrainer(training, model=model, args=arguments, processing_class=processing_class)
+        check_first = check_first_batch
+    trainer.pop_callback(_printer())
+    ready_for_training(model, plan)  # Unsloth's trainer leaves it answering
+    check_first(trainer, renderer)
+    return trainer
 
 
 def _note_card(run: RunDirectory) -> None:
