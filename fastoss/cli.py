@@ -60,7 +60,7 @@ def train(
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The run directory, instead of runs/<name>.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; train nothing.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --no-resume: remove the run that is there, and its exports.")] = False,
     override_resume: Annotated[bool, typer.Option("--override-resume", help="Resume although recipe, data or libraries have changed.")] = False,
     log_json: LogJson = False,
     ignore_plan: Annotated[bool, typer.Option("--ignore-plan", help="Train although the plan says that it cannot fit on the card.")] = False,

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from fastoss.errors import FastossError
 
+_NAMED = 5  # further mistakes that are named
+
 Key = tuple[str, ...]
 
 
@@ -97,7 +99,8 @@ def explain(problems: ValidationError, source: RecipeSource, model: type[BaseMod
     # An invalid entry makes its list invalid too: only findings about other keys count as more.
     elsewhere = {e["loc"] for e in unknown or errors} - {error["loc"][:length] for length in range(len(error["loc"]) + 1)}
     if elsewhere:
-        fact += f" (and {len(elsewhere)} more)"
+        others = sorted(".".join(map(str, loc)) for loc in elsewhere)
+        fact += f"; wrong as well: {', '.join(others[:_NAMED])}" + (", …" if len(others) > _NAMED else "")
     return FastossError(fact, place=source.place(key), hint=hint)
 
 

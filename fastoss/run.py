@@ -225,7 +225,12 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def _folders(self) -> tuple[Path, ...]:
-        return self.checkpoints, self.adapter, *(self.root / tracker for tracker in ("tensorboard", "wandb", "swanlab", "mlflow"))
+        return (
+            self.checkpoints,
+            self.adapter,
+            self.root / "exports",
+            *(self.root / tracker for tracker in ("tensorboard", "wandb", "swanlab", "mlflow")),
+        )
 
     def _files(self) -> tuple[Path, ...]:
         """The resolved recipe comes last: while it is there, the folder is known as a run."""

@@ -12,7 +12,7 @@ import pytest
 from fastoss.config import load_recipe
 from fastoss.data.conversation import Message
 from fastoss.data.dataset import build_dataset
-from fastoss.data.formats.prompts import row_to_asked
+from fastoss.data.formats.prompts import read_asked, row_to_asked
 from fastoss.data.harmony import Completion
 from fastoss.data.reading.rows import BadRow, Row
 from fastoss.errors import FastossError
@@ -380,3 +380,13 @@ def test_evaluate_says_what_is_missing_before_a_model_is_loaded(run, tmp_path, m
     ):
         with pytest.raises(FastossError, match=fact):
             evaluate(name, None, **settings)
+
+
+def test_rows_with_the_columns_of_the_run_have_their_answers(tmp_path):
+    rows = [{"q": "Who are you?", "a": "I am Mika, nya.", "why": "Name first."}, {"q": "And?", "a": "Yes."}, {"instruction": "Hm?", "output": "No."}]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    names = {"instruction": "q", "output": "a", "thinking": "why"}
+    asked = read_asked(source, columns=[{"instruction": "other"}, names])
+    assert [(row.reference.content, row.reference.thinking) for row in asked] == [("I am Mika, nya.", "Name first."), ("Yes.", None), ("No.", None)]
+    with pytest.raises(FastossError):
+        read_asked(source)

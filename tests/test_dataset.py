@@ -520,3 +520,12 @@ def test_a_chat_is_a_tree_where_it_fits_and_single_examples_where_it_does_not(fo
         assert units.lengths == lengths
         assert [e.input_ids for unit in units for e in unit] == [e.input_ids for e in dataset.train]
         assert (units.saved > 0.1) == (len(lengths) == 1)
+
+
+@pytest.mark.parametrize(("named", "hint"), [("thinkin", "did you mean `thinking`?"), ("xyz", "the rows have `history`, `input`, `instruction`, ")])
+def test_a_column_that_no_row_has_is_an_error_also_where_rows_need_not_have_it(folder, named, hint):
+    """Reasoning that is named wrongly would be left out of training without a word."""
+    with pytest.raises(FastossError, match=f"`columns` says that `thinking` is `{named}`, and no row has that") as caught:
+        built(folder, f'data.0.columns={{thinking="{named}"}}')
+    assert hint in caught.value.hint
+    assert built(folder, 'data.0.columns={system="thinking"}').report.rows == 8, "three of eight rows have it"

@@ -11,8 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fastoss.config import FormatSettings
 from fastoss.data.conversation import Message
 from fastoss.data.formats.preferences import row_to_preference
+from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.reading.rows import Row
 from fastoss.demo.guard import Guard
 from fastoss.demo.limits import Limits
@@ -104,6 +106,16 @@ def test_a_preference_is_a_row_that_training_reads(tmp_path):
     file.remove(row)
     assert [kept["chosen"][0]["content"] for kept in file.rows()] == ["Fish."]
     assert liked_row(turn, turn.replies[1])["messages"][-1] == {"role": "assistant", "content": "Fish."}
+
+
+def test_a_pair_that_the_run_would_drop_for_its_length_is_not_kept():
+    turn = _turn(left="so " * 50)
+    pair = row_to_preference(Row(pair_row(turn, *turn.replies), "here"))
+    tokens = len(HarmonyRenderer(FormatSettings()).render_last(pair.chosen))
+    for replies in (turn.replies, turn.replies[::-1]):
+        pair_row(turn, *replies, limit=tokens)
+        with pytest.raises(FastossError, match=f"{tokens} tokens, and the run takes {tokens - 1} "):
+            pair_row(turn, *replies, limit=tokens - 1)
 
 
 def test_thumbs_on_two_tries_make_a_pair_which_a_changed_thumb_takes_back():

@@ -153,7 +153,7 @@ def test_cards_by_their_names():
     assert [parse_card(name).name for name in ("rtx 4090", "4090", "A100-40", "a100 80GB", "NVIDIA H200", "l4")] == [
         "4090", "4090", "A100-40", "A100-80", "H200", "L4",
     ]  # fmt: skip
-    for wrong in ("H9000", "0.1GB", "", "-24GB"):
+    for wrong in ("H9000", "0.1GB", "", "-24GB", "409"):
         with pytest.raises(FastossError):
             parse_card(wrong)
 

@@ -164,6 +164,7 @@ class _Build:
                     self.row_keys.append(self.judge.near)
                     for turn, cut, example in turns:
                         self.writer.add_example(number, stored, turn, cut, example)
+        self.judge.check_columns(source, self.report.rows - first)
 
     def _finish(self, store: TokenStore) -> None:
         """Split, count, and say what there is to say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import IO
 from fastoss.config import DataSource, Recipe
 from fastoss.data.conversation import Conversation
 from fastoss.data.data_report import DataReport
-from fastoss.data.formats.columns import near_column
+from fastoss.data.formats.columns import has_named, near_column, never_named
 from fastoss.data.formats.conversations import row_to_conversation, unread_columns
 from fastoss.data.formats.preferences import row_to_preference, unread_pair_columns
 from fastoss.data.harmony import Example, HarmonyRenderer
@@ -71,12 +72,16 @@ class Judge:
         self._near: set[int] = set()
         self._eval: dict[int, str] = {}
         self._listed = 0
+        self._seen: set[str] = set()  # of the names that the source's `columns` gives: those that some row had
+        self._had: set[str] = set()  # all columns of such a source
 
     def understood(self, row: Row | BadRow, source: DataSource, *, held_out: bool) -> tuple[Conversation, ...] | None:
         """The row as it is passed on: its conversation, or of a pair the chosen one and the rejected one; None when it does not.
 
         `self.near` is then its key.
         """
+        if isinstance(row, Row):
+            self._note_columns(row, source)
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -106,6 +111,21 @@ class Judge:
                 if close and close not in row.columns:
                     return f"the row has `{name}`: did you mean `{close}`?"
         return 'fix the row, or set hygiene.malformed = "drop"'
+
+    def check_columns(self, source: DataSource, rows: int) -> None:
+        """After a source's last row: a column that `columns` names and no row had is a mistake, also where rows need not have it."""
+        whole = rows > 0 and source.max_rows is None and not self.refusals.any()
+        for ours in never_named(source.columns, self._seen) if whole else ():
+            theirs = source.columns[ours]
+            close = difflib.get_close_matches(theirs, sorted(self._had), n=1, cutoff=0.6)
+            hint = f"did you mean `{close[0]}`?" if close else f"the rows have {', '.join(f'`{name}`' for name in sorted(self._had)[:12])}"
+            self.refusals.add(FastossError(f"`columns` says that `{ours}` is `{theirs}`, and no row has that", place=source.source, hint=hint))
+        self._seen, self._had = set(), set()
+
+    def _note_columns(self, row: Row, source: DataSource) -> None:
+        if source.columns:
+            self._had.update(row.columns)
+            self._seen.update(theirs for theirs in source.columns.values() if theirs not in self._seen and has_named(row, {theirs: theirs}))
 
     def _unread(self, row: Row, source: DataSource) -> set[str]:
         pairs = self.recipe.method == "dpo"

@@ -15,7 +15,7 @@ from fastoss.demo.models import Models
 from fastoss.demo.sessions import Sessions
 from fastoss.demo.talk import AS_USER, Asking, Mode, Spoken, Talk, Turn
 from fastoss.demo.view import history_html, live_html, preferences_html
-from fastoss.demo.votes import VoteFile, liked_row, pair_row, thumb_pairs, write_dpo_recipe
+from fastoss.demo.votes import VoteFile, liked_row, longest_row, pair_row, thumb_pairs, write_dpo_recipe
 from fastoss.errors import FastossError
 from fastoss.inference.sampling import Effort, ReasoningLanguage
 
@@ -112,7 +112,7 @@ class Demo:
         left, right = turn.replies
         chosen, rejected = (left, right) if place == 0 else (right, left)
         try:
-            row = pair_row(turn, chosen, rejected)
+            row = pair_row(turn, chosen, rejected, longest_row(self.models.about.run))
             if turn.preferred is not None and turn.preferred != place:
                 self.pairs.remove(pair_row(turn, rejected, chosen))
             if turn.preferred != place:
@@ -141,7 +141,7 @@ class Demo:
                 self.liked.remove(liked_row(turn, reply))
             for row in thumb_pairs(turn, reply, changed):
                 self.pairs.remove(row)
-            made = thumb_pairs(turn, reply, vote)
+            made = thumb_pairs(turn, reply, vote, longest_row(self.models.about.run))
             for row in made:
                 self.pairs.add(row)
                 self._recipe()

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastoss.config import FormatSettings
 from fastoss.data.conversation import Message
 from fastoss.data.formats.preferences import row_to_preference
 from fastoss.data.formats.text import check_text
+from fastoss.data.harmony import HarmonyRenderer
 from fastoss.data.reading.rows import BadRow, Row
 from fastoss.demo.talk import Spoken, Turn
 from fastoss.errors import FastossError
@@ -51,8 +53,9 @@ class VoteFile:
             raise FastossError(f"the vote could not be written: {os.strerror(problem.errno or 0)}", place=self.path.name) from None
 
 
-def pair_row(turn: Turn, chosen: Spoken, rejected: Spoken) -> dict[str, Any]:
-    """The row of a preference, as `fastoss train` reads it. `FastossError` where these two answers cannot be trained on."""
+def pair_row(turn: Turn, chosen: Spoken, rejected: Spoken, limit: int | None = None) -> dict[str, Any]:
+    """The row of a preference, as `fastoss train` reads it. `FastossError` where these two answers cannot be trained on, or have
+    more than `limit` tokens with their prompt."""
     row: dict[str, Any] = {
         "prompt": [_plain(message) for message in turn.asked],
         "chosen": [_answer(chosen)],
@@ -62,19 +65,28 @@ def pair_row(turn: Turn, chosen: Spoken, rejected: Spoken) -> dict[str, Any]:
         if not answer.content.strip():
             raise FastossError(f"the {name} answer has no text: a pair needs two answers")
     try:
-        row_to_preference(Row(row, "the vote"))
+        pair = row_to_preference(Row(row, "the vote"))
         for answer in (chosen, rejected):
             check_text(answer.content, "the vote")
             check_text(answer.thinking, "the vote")
     except BadRow as problem:
         raise FastossError(f"this pair cannot be trained on: {problem.fact}") from None
+    renderer = HarmonyRenderer(FormatSettings())
+    tokens = max(len(renderer.render_last(said)) for said in (pair.chosen, pair.rejected))
+    if limit is not None and tokens > limit:
+        raise FastossError(f"this pair cannot be trained on: {tokens:,} tokens, and the run takes {limit:,} (model.max_length)")
     return row
 
 
-def thumb_pairs(turn: Turn, reply: Spoken, vote: str | None) -> list[dict[str, Any]]:
+def longest_row(run: RunDirectory | None) -> int | None:
+    """Tokens of the longest row that a run trains; None where it is no run."""
+    return int(read_json(run.resolved_recipe)["model"]["max_length"]) if run else None
+
+
+def thumb_pairs(turn: Turn, reply: Spoken, vote: str | None, limit: int | None = None) -> list[dict[str, Any]]:
     """The pairs that a thumb on `reply` makes with the earlier tries that have the other one."""
     others = [other for other in turn.before if vote and other.vote not in (None, vote) and other.content != reply.content]
-    return [pair_row(turn, *((reply, other) if vote == "up" else (other, reply))) for other in others]
+    return [pair_row(turn, *((reply, other) if vote == "up" else (other, reply)), limit) for other in others]
 
 
 def liked_row(turn: Turn, reply: Spoken) -> dict[str, Any]:

@@ -108,7 +108,11 @@ def _held(name: str, recipe: Recipe | None, source: Path | None, say: Say) -> tu
     """The rows to judge by, and what they are, for people."""
     if source is not None:
         identity = recipe.format.identity if recipe else None
-        found = [Held(row.conversation, row.reference is not None, row.rejected) for row in read_asked(source, identity)]
+        columns = [one.columns for one in recipe.data] if recipe else []
+        found = [Held(row.conversation, row.reference is not None, row.rejected) for row in read_asked(source, identity, columns=columns)]
+        unanswered = sum(not row.has_reference for row in found)
+        if unanswered:
+            say(f"note: {unanswered} of {len(found)} rows have no answer to compare with: losses and likeness leave them out")
         return found, str(source)
     if recipe is None:
         raise FastossError("this is not a run directory, so it has no held-out rows", place=name, hint="give rows with --input FILE")

@@ -79,7 +79,10 @@ def look_at(source: DataSource) -> Look:
     if not look.understood:
         first, *others = look.bad
         also = [f"{problem.place}: {problem.fact}" for problem in others[:4]]
-        raise FastossError(first.fact, place=first.place, hint=first.hint, also=also)
+        hint = first.hint
+        if hint and "columns = {" in hint:  # which a recipe can say, and there is none yet
+            hint = "rename the columns in the file (instruction, output, thinking), or write a recipe with columns, as docs/first-fine-tune.md does"
+        raise FastossError(first.fact, place=first.place, hint=hint, also=also)
     return look
 
 

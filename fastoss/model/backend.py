@@ -60,7 +60,7 @@ def plan_model(config: ModelConfig, *, gpu: bool, installed: bool = True) -> Mod
         raise FastossError("Unsloth is not installed", place="model.backend", hint=hint)
     precision, notes = config.precision, []
     if not gpu and config.name == "tiny" and precision != "float32":
-        notes.append(f"the tiny model runs in float32 without a GPU (the recipe says {precision})")
+        notes.append(f"the tiny model runs in float32 without a GPU, whatever model.precision says ({precision})")
         precision = "float32"
     elif not gpu and precision in NEEDS_GPU and not (precision == "4bit" and config.backend == "transformers"):
         hint = "train on a GPU machine, or try the recipe here with --set model.name=tiny"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shutil
@@ -36,6 +37,7 @@ def _card(name: str, gib: float, tera_flops: float, terabytes: float) -> Card:
 
 
 # Memory as the driver shows it, dense bf16 TFLOP/s with float32 sums, and TB/s: NVIDIA's data sheets.
+_LARGEST = 200.0  # GB of a card: a larger bare number is a name that was misspelt
 CARDS: dict[str, Card] = {
     card.name.lower(): card
     for card in (
@@ -78,6 +80,10 @@ def parse_card(text: str) -> Card:
     """The card that a person means: `24GB`, `48`, `A100-80`, `rtx 4090`, `H200`. `FastossError` when there is no such card."""
     plain = text.strip().lower().replace("nvidia", "").replace("geforce", "").strip()
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib|g)?", plain)
+    if size and not size[2] and float(size[1]) > _LARGEST and plain not in CARDS:
+        close = difflib.get_close_matches(plain, CARDS, n=1, cutoff=0.5)
+        hint = f"{plain}GB for that much memory" + (f", or did you mean {CARDS[close[0]].name}?" if close else "")
+        raise FastossError("not a card that is known here", place=f"--card {text}", hint=hint)
     if size and (size[2] or plain not in CARDS):
         gigabytes = float(size[1])
         if not 1 <= gigabytes <= 2000:

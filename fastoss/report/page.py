@@ -68,7 +68,7 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.speed:
         yield f"{facts.speed:,.0f}", "tokens a second (median)"
     if facts.memory_peak:
-        yield size(facts.memory_peak), "peak memory"
+        yield size(facts.memory_peak), "peak memory" if facts.manifest.get("gpu") else "peak memory, libraries included"
 
 
 def _evaluation_part(facts: Facts) -> Html | None:
@@ -117,7 +117,8 @@ def _plan_part(facts: Facts) -> Html | None:
         tag("tr", tag("td", name), tag("td", bar(count / whole), class_="share"), tag("td", size(count), class_="number")) for name, count in parts
     ]
     card = f" for {plan['card']}" if plan.get("card") else ""
-    lead = tag("p", f"Computed{card} before the model was loaded.", class_="muted")
+    counted = "" if facts.manifest.get("gpu") else " Memory is what the run adds to a process that has its libraries imported."
+    lead = tag("p", f"Computed{card} before the model was loaded.{counted}", class_="muted")
     return section(
         "plan", "The plan, and what was measured", lead, tag("div", tag("table", *rows), tag("table", *bars) if bars else None, class_="columns")
     )
@@ -180,7 +181,8 @@ def _repeat_part(facts: Facts) -> Html:
     command = facts.manifest.get("command")
     parts: list[Html | None] = []
     if command:
-        told = "The same command in the same folder resumes where the run stopped; add --output DIR to repeat it elsewhere."
+        again = "removes this run and starts over" if "--overwrite" in str(command) else "resumes where the run stopped"
+        told = f"The same command in the same folder {again}; add --output DIR to repeat it elsewhere."
         parts += [tag("pre", str(command), class_="command"), tag("p", told, class_="muted")]
     given = facts.run.recipe.read_text(encoding="utf-8", errors="replace") if facts.run.recipe.is_file() else None
     if given is not None:

@@ -166,7 +166,7 @@ def changes_since(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> l
     changes += [Change(name, manifest[key], facts[key], _kind(key)) for key, name in _FACTS.items() if manifest[key] != facts[key]]
     for name in sorted(manifest["versions"].keys() | facts["versions"].keys()):
         a, b = manifest["versions"].get(name), facts["versions"].get(name)
-        if a != b:
+        if a != b and not _unused(name, facts):
             changes.append(Change(f"the version of {name}", a, b, "noted" if _family(a) == _family(b) else "insist"))
     return changes
 
@@ -176,6 +176,13 @@ def _kind(key: str) -> Kind:
     if key in _FREE or section in _FREE:
         return "free"
     return "another run" if key in _ANOTHER_RUN or section in _ANOTHER_RUN else "insist"
+
+
+def _unused(name: str, facts: dict[str, Any]) -> bool:
+    """Whether a library is merely installed: the run goes another way."""
+    if name.startswith("unsloth"):
+        return bool(facts["backend"] != "unsloth")
+    return name == "bitsandbytes" and facts["precision"] != "4bit"
 
 
 def _family(version: str | None) -> list[str]:

@@ -6,6 +6,10 @@ import json
 
 import pytest
 
+from fastoss.config import recipe_from_resolved
+from fastoss.run import RunDirectory, read_json
+from fastoss.training.resume import changes_since
+
 from ..conftest import ROWS, metrics
 from .conftest import Place, Prepared
 from .test_checkpoints import same_end
@@ -83,3 +87,14 @@ def test_another_version_is_refused(place: Place):
 def test_both_ways_at_once_are_refused(place: Place):
     result = place.again("--override-resume", "--no-resume")
     assert (result.code, "use one of them" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_a_library_that_the_run_does_not_use_may_come_and_go(prepared: Prepared, backend):
+    run = RunDirectory(prepared.whole)
+    facts = read_json(run.manifest) | {"backend": backend}
+    versions = dict(facts["versions"])
+    if versions.pop("unsloth", None) is None:
+        versions["unsloth"] = "2026.10.9"
+    changes = changes_since(run, recipe_from_resolved(read_json(run.resolved_recipe), "here"), facts | {"versions": versions})
+    assert any("the version of unsloth" in change.line() for change in changes) == (backend == "unsloth")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from fastoss.data.reading.rows import BadRow, Row
@@ -48,6 +48,16 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
             raise BadRow(f"the column `{theirs}` is not there", place=row.place, hint=hint)
     gone = {*columns, *map(_top(row.columns), columns.values())}
     return Row({name: value for name, value in row.columns.items() if name not in gone} | found, row.place)
+
+
+def has_named(row: Row, columns: Mapping[str, str]) -> bool:
+    """Whether the row has a column that `columns` gives another name."""
+    return any(_reached(row.columns, theirs) is not _ABSENT for theirs in columns.values())
+
+
+def never_named(columns: Mapping[str, str], seen: Container[str]) -> list[str]:
+    """Our names in `columns` whose columns no row had; `seen` are the file's names that some row had."""
+    return [ours for ours, theirs in columns.items() if theirs not in seen]
 
 
 def replaced_columns(row: Row, columns: Mapping[str, str]) -> set[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastoss.config import DataSource, Identity
 from fastoss.data.conversation import Conversation, Message
+from fastoss.data.formats.columns import has_named, renamed
 from fastoss.data.formats.conversations import row_to_conversation
 from fastoss.data.formats.preferences import is_preference, row_to_preference
 from fastoss.data.reading.rows import BadRow, Row
@@ -54,15 +56,19 @@ def row_to_asked(row: Row, identity: Identity | None = None) -> Asked:
     return Asked(conversation, conversation.messages[-1] if completed is row else None)
 
 
-def read_asked(path: Path, identity: Identity | None = None, *, max_rows: int | None = None) -> list[Asked]:
-    """All questions of a file, a folder or a glob. `FastossError` tells of every bad row at once (the first twenty)."""
+def read_asked(
+    path: Path, identity: Identity | None = None, *, columns: Sequence[Mapping[str, str]] = (), max_rows: int | None = None
+) -> list[Asked]:
+    """All questions of a file, a folder or a glob. `columns` are names that a recipe gives (`{ours: the file's}`, of each of its sources):
+    the first that a row has a column of are taken for it. `FastossError` tells of every bad row at once (the first twenty)."""
     asked: list[Asked] = []
     problems: list[FastossError] = []
     for row in read_rows(DataSource(source=str(path), max_rows=max_rows)):
         try:
             if isinstance(row, BadRow):
                 raise row
-            asked.append(row_to_asked(row, identity))
+            names = next((names for names in columns if has_named(row, names)), {})
+            asked.append(row_to_asked(renamed(row, names), identity))
         except BadRow as problem:
             problems.append(problem)
             if len(problems) >= _LISTED:

@@ -217,7 +217,7 @@ def _precision(recipe: Recipe, model: ModelPlan) -> str:
 def fit_lines(fit: Fit | None, card: Card) -> list[str]:
     """What would fit, line by line."""
     if fit is None:
-        return [f'no setting of a recipe makes it fit on {card.line()}: a larger card, or lora.targets = ["attention"]']
+        return [f"nothing that --fit may change makes it fit on {card.line()} (it changes neither the model nor lora.targets): take a larger card"]
     return [f"it would fit ({gib(fit.bytes)}) with", *(f"  {change.line()}" for change in fit.changes)]
 
 
