@@ -193,5 +193,5 @@ def test_names_with_a_dollar_and_tensors_lost_from_an_index(tmp_path):
     (tmp_path / "two").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "two" / "one.safetensors")
     write_json(tmp_path / "two" / "model.safetensors.index.json", {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}})
-    with pytest.raises(FastossError, match="stands in the index and in no file"):
+    with pytest.raises(FastossError, match="is in the index and in no file"):
         Checkpoint(tmp_path / "two")

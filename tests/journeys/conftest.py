@@ -1,4 +1,4 @@
-"""A journey's own folder, and a browser that all of them share."""
+"""A journey's own folder, and a browser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def journey(tmp_path) -> Journey:
     return Journey(tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # playwright takes one at a time in a process: closed before another module opens its own
 def browser():
     with open_browser() as opened:
         yield opened
