@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gzip
 import json
 import os
 import subprocess
@@ -141,6 +142,11 @@ def fastoss(*arguments: object, cwd: Path | None = None, timeout: float = 300, *
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def gzipped(content: bytes) -> bytes:
+    """gzip without the time: the names of parametrised tests hold it, and must be the same in each worker."""
+    return gzip.compress(content, mtime=0)
 
 
 MEASURED = ("seconds", "tokens_per_second", "memory", "memory_peak")  # by the clock and the machine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import codecs
-import gzip
 import io
 import json
 import lzma
@@ -32,7 +31,7 @@ from fastoss.config import load_recipe
 from fastoss.data.dataset import Dataset, build_dataset
 from fastoss.errors import FastossError
 
-from .conftest import Result, fastoss
+from .conftest import Result, fastoss, gzipped
 
 RECIPE = """\
 name = "broken"
@@ -210,7 +209,7 @@ ENCODINGS = [
 ]  # fmt: skip
 
 ROWS = lines(*CHINESE)
-GZIP = gzip.compress(ROWS * 50)
+GZIP = gzipped(ROWS * 50)
 ZSTD = pyarrow.compress(ROWS * 50, codec="zstd", asbytes=True)
 PARQUET = parquet(CHINESE)
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\6\0\0\0" + zipped("image")
@@ -222,12 +221,12 @@ DISGUISED = [
     disguised("compressed with gzip", GZIP, "give it its extension: name it data.jsonl.gz"),
     disguised("compressed with zstd", ZSTD, "give it its extension: name it data.jsonl.zst"),
     disguised("compressed with gzip", GZIP, "give it its extension: name it data.jsonl.gz", "data.jsonl.zst"),
-    disguised("compressed twice", gzip.compress(GZIP), "decompress it once", "data.jsonl.gz"),
+    disguised("compressed twice", gzipped(GZIP), "decompress it once", "data.jsonl.gz"),
     disguised("compressed with bzip2", bz2.compress(ROWS), "decompress it: bzip2 -d (gzip and zstd are read as they are)"),
     disguised("compressed with xz", lzma.compress(ROWS), "decompress it: xz -d (gzip and zstd are read as they are)"),
     disguised("a ZIP archive", zipped("data.jsonl"), "extract it, and give the files in it"),
     disguised("a tar archive", tarred(), "extract it, and give the files in it"),
-    disguised("a tar archive", gzip.compress(tarred()), "extract it, and give the files in it", "data.jsonl.gz"),
+    disguised("a tar archive", gzipped(tarred()), "extract it, and give the files in it", "data.jsonl.gz"),
     disguised("a 7z archive", b"7z\xbc\xaf\x27\x1c" + bytes(30), "extract it"),
     disguised("an Excel or Word file", zipped("[Content_Types].xml"), "save it as CSV (UTF-8)", "data.csv"),
     disguised("an old Excel or Word file", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(60), "save it as CSV (UTF-8)", "data.csv"),
@@ -245,7 +244,7 @@ DISGUISED = [
     disguised("a git-lfs pointer, not the data itself", LFS, "fetch the data: git lfs pull", "data.parquet"),
     disguised("binary, not text", PNG, "rows are read from JSONL, JSON, CSV or Parquet"),
     disguised("JSON, not CSV", json.dumps(CHINESE).encode(), "name it .json", "data.csv"),
-    disguised("JSON, not CSV", gzip.compress(ROWS), "name it .jsonl", "data.csv.gz"),
+    disguised("JSON, not CSV", gzipped(ROWS), "name it .jsonl", "data.csv.gz"),
 ]
 
 MAGIC = "not valid Parquet: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file."
@@ -280,7 +279,7 @@ FILES = [
     whole("empty", "data.jsonl", b"", "", "the file has no rows"),
     whole("blank lines only", "data.jsonl", b"\n \n\t\r\n\n", "", "the file has no rows"),
     whole("a mark only", "data.jsonl", codecs.BOM_UTF8, "", "the file has no rows"),
-    whole("an empty archive", "data.jsonl.gz", gzip.compress(b""), "", "the file has no rows"),
+    whole("an empty archive", "data.jsonl.gz", gzipped(b""), "", "the file has no rows"),
     whole("empty .json", "data.json", b"\n", "", "the file has no rows"),
     whole("an empty list", "data.json", b"[ ]", "", "the file has no rows"),
     whole("a header only", "data.csv", b"instruction,output\n", "", "the file has no rows"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from fastoss.config import load_recipe
 from fastoss.errors import FastossError
 from fastoss.init.write import Answers, write_recipe
 
-from .conftest import ROOT, ROWS, fastoss, losses
+from .conftest import ROOT, ROWS, fastoss, gzipped, losses
 
 PAIRS = [
     {"prompt": f"Say {word} in Chinese.", "chosen": better, "rejected": "I would rather not say."}
@@ -82,7 +81,7 @@ def refused(tmp_path: Path, rows: list[dict] | bytes, **given: object) -> str:
     ("rows", "given", "said"),
     [
         ([{"frage": "Wer?", "antwort": "Ich."}], {"yes": True}, "rows.jsonl:1: the columns are not understood (frage, antwort)"),
-        (gzip.compress(b"{}"), {"yes": True}, "rows.jsonl: "),
+        (gzipped(b"{}"), {"yes": True}, "rows.jsonl: "),
         (ROWS, {"method": "dpo", "yes": True}, "rows.jsonl:1: the row is not a pair of answers"),
         (PAIRS, {"method": "sft", "yes": True}, 'train pairs with method = "dpo"'),
         (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import datetime
-import gzip
 import io
 import itertools
 import json
@@ -26,7 +25,7 @@ from fastoss.data.reading.sources import BadRow, read_rows, source_identity, sou
 from fastoss.data.reading.text_faults import guess_encoding
 from fastoss.errors import FastossError
 
-from .conftest import ROOT
+from .conftest import ROOT, gzipped
 
 OBJECT = '{"a": "你是谁? 😀", "b": [1, 2.5, null, true], "c": {"d": "\\u4e2d \\"x\\" \\n"}}'
 
@@ -43,7 +42,7 @@ def columns(path: Path, **arguments: Any) -> list[dict]:
 
 def packed(data: bytes, ending: str) -> bytes:
     if ending == ".gz":
-        return gzip.compress(data)
+        return gzipped(data)
     return pyarrow.compress(data, codec="zstd", asbytes=True) if ending == ".zst" else data
 
 
@@ -340,7 +339,7 @@ WHOLE = [
     ("a.jsonl", CHINESE.encode("gb18030"), "the file is GB18030, not UTF-8", "iconv -f GB18030 -t UTF-8 a.jsonl > a.utf8.jsonl"),
     ("a.csv", "问,答\n你好,我是谁\n".encode("gb18030"), "a.csv:1: the file is GB18030, not UTF-8", "a.csv > a.utf8.csv"),
     ("a.json", f"[{CHINESE}]".encode("gb18030"), "a.json:1: the file is GB18030, not UTF-8", "a.json > a.utf8.json"),
-    ("a.jsonl.gz", gzip.compress(CHINESE.encode("gb18030")), "the file is GB18030, not UTF-8", "iconv -f GB18030"),
+    ("a.jsonl.gz", gzipped(CHINESE.encode("gb18030")), "the file is GB18030, not UTF-8", "iconv -f GB18030"),
     ("a.jsonl", '{"a": "你是誰? 這是一個問題。"}\n'.encode("big5"), "the file is BIG5, not UTF-8", "iconv -f BIG5"),
     ("a.jsonl", '{"a": "こんにちは、世界"}\n'.encode("shift_jis"), "the file is SHIFT_JIS, not UTF-8", "iconv -f SHIFT_JIS"),
     ("a.jsonl", '{"a": "naïve café"}\n'.encode("cp1252"), "the file is WINDOWS-1252, not UTF-8", "iconv -f WINDOWS-1252"),
@@ -386,16 +385,16 @@ WHOLE = [
     ("a.json", b"%PDF-1.7\n", "the file is a PDF", ""),
     ("a.jsonl", b"\x80\x04\x95", "the file is a Python pickle", "a pickle runs code"),
     ("a.jsonl", CONTENT[".parquet"], "the file is Parquet", "name it .parquet"),
-    ("a.jsonl", gzip.compress(CONTENT[".jsonl"]), "the file is compressed with gzip", "name it a.jsonl.gz"),
+    ("a.jsonl", gzipped(CONTENT[".jsonl"]), "the file is compressed with gzip", "name it a.jsonl.gz"),
     ("a.csv", packed(CONTENT[".csv"], ".zst"), "the file is compressed with zstd", "name it a.csv.zst"),
     ("a.jsonl.gz", packed(CONTENT[".jsonl"], ".zst"), "the file is compressed with zstd", ""),
-    ("a.jsonl.gz", gzip.compress(gzip.compress(CONTENT[".jsonl"])), "the file is compressed twice", ""),
+    ("a.jsonl.gz", gzipped(gzipped(CONTENT[".jsonl"])), "the file is compressed twice", ""),
     ("a.jsonl.gz", CONTENT[".jsonl"], "cannot be read: it is not compressed with gzip, as its extension says", ""),
     ("a.jsonl.zst", CONTENT[".jsonl"], "cannot be read: it is not compressed with zstd", ""),
-    ("a.jsonl.gz", gzip.compress(CONTENT[".jsonl"])[:-9], "cannot be read", ""),
+    ("a.jsonl.gz", gzipped(CONTENT[".jsonl"])[:-9], "cannot be read", ""),
     ("a.parquet", b"PAR1 nothing PAR1", "not valid Parquet", ""),
     ("a.parquet", b"", "not valid Parquet", ""),
-    ("a.parquet.gz", gzip.compress(CONTENT[".parquet"][:-100]), "not valid Parquet", ""),
+    ("a.parquet.gz", gzipped(CONTENT[".parquet"][:-100]), "not valid Parquet", ""),
     ("a.tsv", b"a\tb\n", "a `.tsv` file cannot be read as data", "a .jsonl, .json, .csv or .parquet file"),
     ("a.xlsx", OFFICE, "a `.xlsx` file cannot be read as data", ""),
 ]  # fmt: skip
