@@ -113,14 +113,11 @@ def evaluate(
 
     wanted = _language(language)
     result = compare(run, input, rows=rows, output=output, batch_size=batch_size, language=wanted, max_new_tokens=max_new_tokens, say=terminal.say)
+    for line in [json.dumps(result, indent=2, ensure_ascii=False)] if json_ else table_lines(result):
+        typer.echo(line)
     directory = RunDirectory(Path(run).expanduser())
     if output is None and directory.exists():
         terminal.say(f"wrote {write_report(directory)}")
-    if json_:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-        return
-    for line in table_lines(result):
-        typer.echo(line)
 
 
 def serve(

@@ -13,7 +13,7 @@ from typing import IO
 from fastoss.config import DataSource, Recipe
 from fastoss.data.conversation import Conversation
 from fastoss.data.data_report import DataReport
-from fastoss.data.formats.columns import has_named, near_column, never_named
+from fastoss.data.formats.columns import has_column, near_column
 from fastoss.data.formats.conversations import row_to_conversation, unread_columns
 from fastoss.data.formats.preferences import row_to_preference, unread_pair_columns
 from fastoss.data.harmony import Example, HarmonyRenderer
@@ -115,8 +115,9 @@ class Judge:
     def check_columns(self, source: DataSource, rows: int) -> None:
         """After a source's last row: a column that `columns` names and no row had is a mistake, also where rows need not have it."""
         whole = rows > 0 and source.max_rows is None and not self.refusals.any()
-        for ours in never_named(source.columns, self._seen) if whole else ():
-            theirs = source.columns[ours]
+        for ours, theirs in source.columns.items() if whole else ():
+            if theirs in self._seen:
+                continue
             close = difflib.get_close_matches(theirs, sorted(self._had), n=1, cutoff=0.6)
             hint = f"did you mean `{close[0]}`?" if close else f"the rows have {', '.join(f'`{name}`' for name in sorted(self._had)[:12])}"
             self.refusals.add(FastossError(f"`columns` says that `{ours}` is `{theirs}`, and no row has that", place=source.source, hint=hint))
@@ -125,7 +126,7 @@ class Judge:
     def _note_columns(self, row: Row, source: DataSource) -> None:
         if source.columns:
             self._had.update(row.columns)
-            self._seen.update(theirs for theirs in source.columns.values() if theirs not in self._seen and has_named(row, {theirs: theirs}))
+            self._seen.update(theirs for theirs in source.columns.values() if theirs not in self._seen and has_column(row, theirs))
 
     def _unread(self, row: Row, source: DataSource) -> set[str]:
         pairs = self.recipe.method == "dpo"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ..conftest import ROWS, TINY_RECIPE, losses
@@ -22,8 +24,6 @@ def commands():
 
 
 def test_from_a_kill_to_a_verified_export(journey, browser, commands):
-    import json
-
     journey.write("rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
     journey.write("long.toml", PARTED.replace("data.jsonl", "rows.jsonl"))
     run = journey.directory("long")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastoss.data.reading.rows import BadRow, Row
@@ -50,14 +50,9 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return Row({name: value for name, value in row.columns.items() if name not in gone} | found, row.place)
 
 
-def has_named(row: Row, columns: Mapping[str, str]) -> bool:
-    """Whether the row has a column that `columns` gives another name."""
-    return any(_reached(row.columns, theirs) is not _ABSENT for theirs in columns.values())
-
-
-def never_named(columns: Mapping[str, str], seen: Container[str]) -> list[str]:
-    """Our names in `columns` whose columns no row had; `seen` are the file's names that some row had."""
-    return [ours for ours, theirs in columns.items() if theirs not in seen]
+def has_column(row: Row, theirs: str) -> bool:
+    """Whether the row has what `columns` calls `theirs`: a column, or a dotted name within one."""
+    return _reached(row.columns, theirs) is not _ABSENT
 
 
 def replaced_columns(row: Row, columns: Mapping[str, str]) -> set[str]:

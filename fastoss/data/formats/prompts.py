@@ -9,7 +9,7 @@ from typing import Any
 
 from fastoss.config import DataSource, Identity
 from fastoss.data.conversation import Conversation, Message
-from fastoss.data.formats.columns import has_named, renamed
+from fastoss.data.formats.columns import has_column, renamed
 from fastoss.data.formats.conversations import row_to_conversation
 from fastoss.data.formats.preferences import is_preference, row_to_preference
 from fastoss.data.reading.rows import BadRow, Row
@@ -67,7 +67,7 @@ def read_asked(
         try:
             if isinstance(row, BadRow):
                 raise row
-            names = next((names for names in columns if has_named(row, names)), {})
+            names = next((names for names in columns if any(has_column(row, theirs) for theirs in names.values())), {})
             asked.append(row_to_asked(renamed(row, names), identity))
         except BadRow as problem:
             problems.append(problem)
