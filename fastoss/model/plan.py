@@ -45,6 +45,7 @@ class Setting:
     strategy: Strategy = "ddp"
     ranks: int = 1
     host_layers: int = 0  # with fsdp: their shares wait on the host
+    answers: bool = False  # samples, or replies to held-out rows, between the steps
     mapped: bool = False  # on a processor: the weights lie in a file of the same dtype, and are read when they are touched
 
 
@@ -214,5 +215,6 @@ def _with_cpu_step(shape: ModelShape, setting: Setting, batch: MicroBatch, const
         parts["experts with LoRA added in"] = stack * (2 if setting.recompute else chosen + 1)
     parts["the head's tile"] = head_tile(shape, setting)
     # While it loads, the tokenizer takes more than it keeps: a small step fits into what it gave back.
-    parts["tokenizer and libraries"] = max(constants.cpu_libraries, constants.cpu_loading - sum(parts.values()))
+    least = constants.cpu_answering if setting.answers else constants.cpu_loading
+    parts["tokenizer and libraries"] = max(constants.cpu_libraries, least - sum(parts.values()))
     return parts
