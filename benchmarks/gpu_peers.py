@@ -113,9 +113,11 @@ class Peer:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:  # loading it takes seconds
-        from fastoss.model.backend import load_chat_tokenizer
+        from transformers import PreTrainedTokenizerFast
 
-        return load_chat_tokenizer(self.plan)
+        from fastoss.model.backend import model_source
+
+        return PreTrainedTokenizerFast.from_pretrained(model_source(self.plan))
 
 
 def _stock_unsloth(place: Place, folder: Path, precision: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from fastoss.config import load_recipe
@@ -27,7 +27,7 @@ from fastoss.data.units import pair_units
 from fastoss.errors import FastossError, RunFailed
 from fastoss.inference.evaluate import _before, evaluate
 from fastoss.inference.evaluation_table import table_lines
-from fastoss.model.backend import ModelPlan, attach_lora, load_chat_tokenizer, load_model, plan_model
+from fastoss.model.backend import attach_lora, load_model, model_source, plan_model
 from fastoss.model.tiny import tiny_model_folder
 from fastoss.report.curves import panels_of, read_metrics, resumed_after
 from fastoss.report.facts import read_facts
@@ -241,17 +241,6 @@ def logit_logps(model, examples) -> torch.Tensor:
     return torch.stack(sums)
 
 
-@functools.cache
-def chat_tokenizer(plan: ModelPlan):
-    """The tokenizer as ever, read once: only TRL asks for it, and that takes longer than a run of four steps."""
-    return load_chat_tokenizer(plan)
-
-
-@pytest.fixture(autouse=True)
-def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastoss.training.train.load_chat_tokenizer", chat_tokenizer)
-
-
 def by_trl(folder: Path) -> list[dict]:
     """Stock TRL on the same pairs and the same first weights: one padded batch of them all, its own reference."""
     recipe = load_recipe(folder / "r.toml")
@@ -278,13 +267,14 @@ def by_trl(folder: Path) -> list[dict]:
         max_grad_norm=0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", optim="adamw_torch", max_length=None,
         router_aux_loss_coef=0.0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=chat_tokenizer(plan))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_source(plan))
+    trainer = Tokenised(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_a_run_is_that_of_stock_trl(tmp_path):
-    """From rows to metrics, with the real tokenizer."""
+    """From rows to metrics; TRL has the whole tokenizer."""
     write_pairs(tmp_path, PAIRS[1:3])  # TRL's logits are 70 MB an answer
     same_figures(metrics(trained_here(tmp_path, "ours", "train.max_steps=3")), by_trl(tmp_path))
 

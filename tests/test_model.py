@@ -9,15 +9,17 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from fastoss.config import FormatSettings, LoraSettings, ModelConfig
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.harmony import IGNORE, HarmonyRenderer
 from fastoss.data.packing import LOSS_MARKS
 from fastoss.data.packing import collate as collate_units
+from fastoss.data.tokenizer import SPECIAL
 from fastoss.errors import FastossError
 from fastoss.model import lora as lora_file
-from fastoss.model.backend import attach_lora, load_chat_tokenizer, load_model, plan_model
+from fastoss.model.backend import ModelPlan, attach_lora, load_model, model_source, plan_model, trainer_tokenizer
 from fastoss.model.head import TrainedTokenLoss
 from fastoss.model.tiny import build_tiny_model, tiny_model_folder
 
@@ -93,7 +95,7 @@ def test_tiny_model_is_the_same_each_time(tmp_path):
 
 def test_tiny_model_has_the_shape_of_gpt_oss():
     plan = plan_model(TINY, gpu=False)
-    model, tokenizer = load_model(TINY, plan), load_chat_tokenizer(plan)
+    model, tokenizer = load_model(TINY, plan), PreTrainedTokenizerFast.from_pretrained(model_source(plan))
     config = model.config
     assert config.vocab_size == 201_088
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
@@ -103,6 +105,18 @@ def test_tiny_model_has_the_shape_of_gpt_oss():
     assert model.model.layers[0].self_attn.sinks.abs().sum() > 0
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (200_019, 200_002, 199_999)
     assert config.router_aux_loss_coef == 0.0
+
+
+def test_the_trainers_tokenizer_begins_ends_and_pads_as_the_models_own():
+    plan = plan_model(TINY, gpu=False)
+    made, own = trainer_tokenizer(plan), PreTrainedTokenizerFast.from_pretrained(model_source(plan))
+    assert len(made) == len(SPECIAL)
+    for name in ("bos", "eos", "pad"):
+        assert getattr(made, f"{name}_token_id") == getattr(own, f"{name}_token_id"), name
+        assert getattr(made, f"{name}_token") == getattr(own, f"{name}_token"), name
+    assert {made.convert_ids_to_tokens(token_id) for token_id in SPECIAL} == {own.convert_ids_to_tokens(token_id) for token_id in SPECIAL}
+    unsloths = trainer_tokenizer(ModelPlan("unsloth", None, "float32", "cpu"))
+    assert len(unsloths) == len(own), "Unsloth looks at more of it"
 
 
 def test_trained_loss_equals_the_loss_by_hand(model, examples):

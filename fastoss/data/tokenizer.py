@@ -29,12 +29,13 @@ RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d
 TEMPLATE_SHA256 = "a4c9919cbbd4acdd51ccffe22da049264b1b73e59055fa58811a99efbd7c8146"
 
 # Ids of the control tokens (openai/gpt-oss-20b, tokenizer.json).
-END_OF_TEXT, RETURN, CONSTRAIN, CHANNEL, START, END, MESSAGE, CALL = 199999, 200002, 200003, 200005, 200006, 200007, 200008, 200012
+START_OF_TEXT, END_OF_TEXT, RETURN, CONSTRAIN, CHANNEL = 199998, 199999, 200002, 200003, 200005
+START, END, MESSAGE, CALL = 200006, 200007, 200008, 200012
 PAD = END_OF_TEXT
 STOP_IDS = (RETURN, END_OF_TEXT, CALL)
 
 SPECIAL = {
-    199998: "<|startoftext|>", END_OF_TEXT: "<|endoftext|>", RETURN: "<|return|>", CONSTRAIN: "<|constrain|>",
+    START_OF_TEXT: "<|startoftext|>", END_OF_TEXT: "<|endoftext|>", RETURN: "<|return|>", CONSTRAIN: "<|constrain|>",
     CHANNEL: "<|channel|>", START: "<|start|>", END: "<|end|>", MESSAGE: "<|message|>", CALL: "<|call|>", 200018: "<|endofprompt|>",
 }  # fmt: skip
 

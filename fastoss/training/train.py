@@ -18,7 +18,7 @@ from fastoss.data.units import Units
 from fastoss.errors import FastossError, RunFailed, Stopped
 from fastoss.model.adapter import check_adapter, write_stamp
 from fastoss.model.attention import prove_attention
-from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_chat_tokenizer, load_model, model_source, plan_model, ready_for_training
+from fastoss.model.backend import ModelPlan, attach_lora, has_gpu, load_model, model_source, plan_model, ready_for_training, trainer_tokenizer
 from fastoss.model.cards import Card, cards_found
 from fastoss.model.lora import adapter_folder, check_adapter_settings
 from fastoss.run import RunDirectory, read_json, whole_folder, write_json
@@ -235,7 +235,7 @@ def _recomputes(recipe: Recipe, plan: ModelPlan) -> bool:
 def _make_trainer(training: Training, plan: ModelPlan, dataset: Dataset, model: Any, start_adapter: Path | None) -> Any:
     """TRL's trainer for the method, its first batch compared with a fresh rendering."""
     recipe, run, renderer = training.recipe, training.run, HarmonyRenderer(training.recipe.format)
-    recompute, processing_class = _recomputes(recipe, plan), load_chat_tokenizer(plan)
+    recompute, processing_class = _recomputes(recipe, plan), trainer_tokenizer(plan)
     trainer: Any
     if recipe.method == "dpo":
         from fastoss.training.dpo import HarmonyDPOTrainer, check_first_pairs, dpo_config
