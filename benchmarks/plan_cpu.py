@@ -41,7 +41,7 @@ RUNS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "tiny recomputed": ("tiny", 1024, ("train.recompute=full",)),
     "10x": ("10x", 512, ()),
     "10x recomputed": ("10x", 512, ("train.recompute=full",)),
-    "10x attention": ("10x", 512, ("lora.targets=attention",)),
+    "10x attention": ("10x", 512, ('lora.targets=["attention"]',)),
     "40x": ("40x", 128, ()),
 }
 

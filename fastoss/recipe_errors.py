@@ -108,6 +108,10 @@ def _plain(error: Any) -> str:
     given = error["input"]
     shown = f'"{given}"' if isinstance(given, str) else str(given).lower() if isinstance(given, bool) else str(given)
     message = error["msg"].replace("Value error, ", "").replace("Input should be", "should be").replace("valid integer", "whole number")
+    if error["type"] == "tuple_type":
+        message = f'should be a list, such as ["{given}"]' if isinstance(given, str) else "should be a list"
+    elif error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "should be a table, with keys of its own"
     return f"{message[0].lower()}{message[1:]}, not {shown if len(shown) < 60 else shown[:57] + '…'}"
 
 

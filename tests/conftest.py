@@ -68,6 +68,22 @@ class RecipeFolder:
         self.data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+# Files with tests that take a minute or more. They begin the run: at its end no worker waits for another one's long test.
+LONGEST = (
+    "test_ranks.py",
+    "test_training.py",
+    "test_bench.py",
+    "test_preferences.py",
+    "test_gpu_checks.py",
+    "test_own_csv.py",
+    "test_shared_base.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 TINY_RECIPE = """\
 name = "test"
 [model]

@@ -65,6 +65,13 @@ def test_resolved_recipe_comes_back(tmp_path):
         (BASE + "[trian]\nseed = 1\n", (), "error: r.toml:6: unknown key `trian`\nhint: did you mean `train`?"),
         (BASE + "color_space = 1\n", (), "error: r.toml:6: unknown key `data.0.color_space`\nhint: known here: source, split, subset, revision"),
         (BASE + '[train]\nlearning_rate = "1e-4"\n', (), 'error: r.toml:7: `train.learning_rate`: should be a valid number, not "1e-4"'),
+        (
+            BASE,
+            ("lora.targets=attention",),
+            'error: --set lora.targets=attention: `lora.targets`: should be a list, such as ["attention"], not "attention"',
+        ),
+        (BASE, ("data=4",), "error: --set data=4: `data`: should be a list, not 4"),
+        (BASE, ("train=3",), "error: --set train=3: `train`: should be a table, with keys of its own, not 3"),
         (BASE + "[train]\nseed = true\n", (), "error: r.toml:7: `train.seed`: should be a whole number, not true"),
         (BASE + "[train]\nnum_train_epochs = 0\n", (), "error: r.toml:7: `train.num_train_epochs`: should be greater than 0, not 0"),
         (BASE + '[lora]\nexpert_layers = "some"\n', (), 'error: r.toml:7: `lora.expert_layers`: should be "all" or a list of layer numbers'),

@@ -148,15 +148,17 @@ def test_grouped_columns_are_told_by_an_expert_that_was_never_trained(tmp_path):
     assert Adapter(write(tmp_path / "stamped", "peft", config=unsloth, stamp=True)).layout == "peft"
 
 
-def test_experts_of_some_layers_and_one_matrix(tmp_path):
-    """A lone fused pair carries no sign of which matrix it is but its shape and the config's targets."""
+@pytest.mark.parametrize("matrix", ["gate_up_proj", "down_proj"])
+def test_experts_of_some_layers_and_one_matrix(tmp_path, matrix):
+    """A lone fused pair carries no sign of which matrix it is but the config's targets: in gpt-oss-20b's shapes it could be either."""
     folder = write(tmp_path / "adapter", "peft")
     tensors = load_file(folder / "adapter_model.safetensors")
-    kept = {key.replace(".base_layer", ""): tensor for key, tensor in tensors.items() if ".layers.2.mlp.experts.base_layer" in key}
+    stem = ".layers.2.mlp.experts" + (".base_layer" if matrix == "gate_up_proj" else "")
+    kept = {key.replace(".base_layer", ""): tensor for key, tensor in tensors.items() if f"{stem}.lora_" in key}
     save_file(kept, folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": ["2.mlp.experts.gate_up_proj"]}), encoding="utf-8")
-    assert Adapter(folder).names() == ["model.layers.2.mlp.experts.gate_up_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": [f"2.mlp.experts.{matrix}"]}), encoding="utf-8")
+    assert Adapter(folder).names() == [f"model.layers.2.mlp.experts.{matrix}"]
 
 
 @pytest.mark.parametrize(
@@ -193,3 +195,25 @@ def test_rslora_and_an_adapter_of_another_model(tmp_path, tiny):
     save_file(tensors | {key: torch.ones(RANK, 2880)}, folder / "adapter_model.safetensors")
     with pytest.raises(FastossError, match=r"the adapter's change of `model\.layers\.0\.self_attn\.q_proj\.weight` is \[256, 2880\]"):
         Merged(tiny, Adapter(folder))
+
+
+def test_a_bf16_weight_is_rounded_once(tmp_path, tiny):
+    """The change is added in float32: written in bf16, the sum is as near as bf16 gets, and small changes are not lost on the way."""
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((tiny.folder / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(tiny.folder / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors")
+    adapter = Adapter(write(tmp_path / "adapter", "peft"))
+    merged = Merged(Base(base), adapter)
+    plain, experts = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.experts.down_proj"
+    for ours, weight, delta in (
+        (merged.matrix(plain), weights[plain], adapter.delta(plain)),
+        (merged.expert(experts, 2), weights[experts][2], adapter.delta(experts, 2)),
+    ):
+        assert ours.dtype == torch.float32
+        exact = weight.double() + delta.double()
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-8)
+        assert torch.equal(ours.bfloat16(), exact.float().bfloat16())
+        assert not torch.equal(ours.bfloat16(), weight + delta.bfloat16()), "rounding twice would show"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy
@@ -104,3 +105,26 @@ def test_experts_that_lora_left_alone_keep_their_bytes(tiny, tmp_path):  # noqa:
             assert same == [name != "model.layers.2.mlp.experts.gate_up_proj"] * 4
         else:
             assert torch.equal(base.matrix(name), made.matrix(name))
+
+
+def test_what_lies_beside_the_weights_says_what_they_are(tiny, tmp_path):  # noqa: F811
+    """From a base in MXFP4: merged weights are not called quantised, requantised ones are, and no template but the trained one is left."""
+    from fastoss.export.adapter_layouts import Adapter
+    from fastoss.export.merge import Merged, write_merged, write_mxfp4
+
+    from .export_helpers import quiet, write_mxfp4_base
+    from .test_export_layouts import write
+
+    write_mxfp4_base(tmp_path / "base")
+    tokenizer = tmp_path / "base" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({"eos_token": "<|return|>", "chat_template": "an older one"}))
+    merged = Merged(Base(tmp_path / "base"), Adapter(write(tmp_path / "adapter", "peft")))
+    for into, called in ((write_merged, None), (write_mxfp4, "mxfp4")):
+        folder = tmp_path / into.__name__
+        folder.mkdir()
+        into(merged, folder, "the trained one", quiet)
+        config = json.loads((folder / "config.json").read_text())
+        assert config.get("quantization_config", {}).get("quant_method") == called
+        assert config["dtype"] in ("bfloat16", "float32")
+        assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "<|return|>"}
+        assert (folder / "chat_template.jinja").read_text() == "the trained one"

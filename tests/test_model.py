@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from fastoss.config import FormatSettings, LoraSettings, ModelConfig
@@ -20,7 +22,7 @@ from fastoss.data.tokenizer import SPECIAL
 from fastoss.errors import FastossError
 from fastoss.model import lora as lora_file
 from fastoss.model.backend import ModelPlan, attach_lora, load_model, model_source, plan_model, trainer_tokenizer
-from fastoss.model.head import TrainedTokenLoss
+from fastoss.model.head import CPU_CHUNK, TrainedTokenLoss, token_losses
 from fastoss.model.tiny import build_tiny_model, tiny_model_folder
 
 from .conftest import ROWS
@@ -124,6 +126,45 @@ def test_trained_loss_equals_the_loss_by_hand(model, examples):
     expected = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
     for layout in ("padded", "packed"):
         torch.testing.assert_close(trained_loss(model, collate(examples, layout)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_marks_are_those_of_one_batch():
+    """Without `mark` every trained token weighs 1, whatever the batch before was marked with."""
+    hidden, weight, labels = torch.randn(1, 4, 8), torch.randn(20, 8), torch.tensor([[-100, 3, 5, 7]])
+    loss = TrainedTokenLoss()
+    plain = loss.chunked(hidden, weight, labels=labels)[0]
+    loss.mark(torch.tensor([[0.0, 0.25, 0.0, 3.0]]), torch.ones(1, 4, dtype=torch.uint8))
+    assert not torch.isclose(loss.chunked(hidden, weight, labels=labels)[0], plain)
+    assert torch.equal(loss.chunked(hidden, weight, labels=labels)[0], plain)
+
+
+class LiveTiles(TorchDispatchMode):
+    """Counts the tensors of at least `size` values that are alive after each operation, views of one memory once."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.most, self.seen = size, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.size:
+            self.seen.append(weakref.ref(result))
+        alive = [tensor for tensor in (reference() for reference in self.seen) if tensor is not None]
+        self.most = max(self.most, len({tensor.untyped_storage().data_ptr() for tensor in alive}))
+        return result
+
+
+def test_two_tiles_of_logits_are_the_most_there_is():
+    """What the plan counts (model/plan.py): a tile's logits and its probabilities, and nothing of the tile before."""
+    words = 50_000
+    weight, hidden = torch.randn(words, 8), torch.randn(3 * CPU_CHUNK, 8, requires_grad=True)
+    with LiveTiles(CPU_CHUNK * words) as live:
+        losses, correct, entropy = token_losses(hidden, weight, torch.arange(len(hidden)))
+    assert live.most == 2
+    logits = hidden.detach().double() @ weight.double().t()
+    torch.testing.assert_close(losses.double(), F.cross_entropy(logits, torch.arange(len(hidden)), reduction="none"), rtol=1e-5, atol=1e-6)
+    assert correct == (logits.argmax(1) == torch.arange(len(hidden))).sum()
+    torch.testing.assert_close(entropy.double(), torch.distributions.Categorical(logits=logits).entropy().sum(), rtol=1e-5, atol=1e-6)
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:

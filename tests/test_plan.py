@@ -364,18 +364,6 @@ def test_a_run_keeps_its_plan_and_what_was_measured(folder: RecipeFolder):
     assert any(line.startswith("memory ") and " planned, " in line for line in result.err.splitlines()[-5:])
 
 
-def test_answers_between_steps_raise_the_least_that_a_run_takes_on_a_processor():
-    """Measured on the tiny model: 480 MiB without samples, 555 with them (docs/log.md)."""
-    from fastoss.training.planning.run_plan import setting_of
-
-    model = ModelPlan("transformers", None, "float32", "cpu")
-    peaks = []
-    for changes in ([], ["samples.prompts=[]", "samples.from_train=0"]):
-        recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", changes)
-        peaks.append(plan_memory(TINY, setting_of(recipe, model, 1), MicroBatch([64]), Constants()).peak / 2**20)
-    assert peaks == [pytest.approx(555, rel=0.05), pytest.approx(480, rel=0.05)]
-
-
 def test_a_file_that_another_process_takes_away_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The processes of a run write signs of life into its folder while its size is taken."""
     (tmp_path / "stays").write_bytes(b"x" * 100)

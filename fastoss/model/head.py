@@ -104,15 +104,20 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part, target = (values[start : start + chunk] for values in (hidden, targets))
             logits = (part @ weight.to(part.dtype).t()).float()
-            chosen = logits.gather(1, target[:, None])
             correct += (logits.argmax(1) == target).sum()
-            normaliser = torch.logsumexp(logits, 1, keepdim=True)
+            # In place, and nothing of a tile outlives it: two tiles are the most there is.
+            logits -= logits.amax(1, keepdim=True)
+            probabilities = logits.exp()
+            total = probabilities.sum(1, keepdim=True)
+            normaliser, chosen = total.log(), logits.gather(1, target[:, None])
             losses[start : start + chunk] = (normaliser - chosen).squeeze(1)
-            probabilities = (logits - normaliser).exp_()
-            entropy += (normaliser.squeeze(1) - torch.linalg.vecdot(probabilities, logits)).sum()
+            probabilities /= total
+            entropy += (normaliser.squeeze(1) - logits.mul_(probabilities).sum(1)).sum()
+            del logits
             if gradient is not None:
                 probabilities.scatter_add_(1, target[:, None], torch.full_like(chosen, -1.0))
                 gradient[start : start + chunk] = probabilities.to(weight.dtype) @ weight
+            del probabilities
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct, entropy)

@@ -45,7 +45,6 @@ class Setting:
     strategy: Strategy = "ddp"
     ranks: int = 1
     host_layers: int = 0  # with fsdp: their shares wait on the host
-    answers: bool = False  # samples, or replies to held-out rows, between the steps
     mapped: bool = False  # on a processor: the weights lie in a file of the same dtype, and are read when they are touched
 
 
@@ -125,7 +124,7 @@ def _shards(setting: Setting, what: Literal["weights", "LoRA", "gradients", "opt
 def head_tile(shape: ModelShape, setting: Setting) -> int:
     """Logits of so many positions over the whole vocabulary, their probabilities, and on a GPU the product before it is made float32."""
     if setting.device == "cpu":
-        return 3 * CPU_HEAD_ROWS * shape.vocabulary * FLOAT32
+        return 2 * CPU_HEAD_ROWS * shape.vocabulary * FLOAT32
     return GPU_HEAD_ROWS * shape.vocabulary * (2 * FLOAT32 + BF16)
 
 
@@ -214,7 +213,5 @@ def _with_cpu_step(shape: ModelShape, setting: Setting, batch: MicroBatch, const
         chosen = shape.layers if setting.lora.expert_layers == "all" else len(setting.lora.expert_layers)
         parts["experts with LoRA added in"] = stack * (2 if setting.recompute else chosen + 1)
     parts["the head's tile"] = head_tile(shape, setting)
-    # While it loads, the tokenizer takes more than it keeps: a small step fits into what it gave back.
-    least = constants.cpu_answering if setting.answers else constants.cpu_loading
-    parts["tokenizer and libraries"] = max(constants.cpu_libraries, least - sum(parts.values()))
+    parts["libraries"] = constants.cpu_libraries
     return parts

@@ -24,12 +24,8 @@ class Constants:
     # Share of the limit (arithmetic and traffic at the card's stated figures) that a run reaches: a guess. Unsloth publishes 3.7k to 11.5k
     # tokens a second of bf16 LoRA on a B200, a twentieth to a sixth of it, one row at a time; packed batches are fuller.
     speed: float = 0.2
-    # On a processor: the tokenizer that TRL asks for, and pages of libraries touched for the first time (benchmarks/plan_cpu.py).
-    cpu_libraries: int = 300 * 2**20
-    # The least that a run takes, since the tokenizer loads: 479 to 521 MiB in eleven runs of the tiny model on few rows.
-    cpu_loading: int = 500 * 2**20
-    # The same where samples are answered: 552 to 587 MiB in twelve such runs.
-    cpu_answering: int = 565 * 2**20
+    # On a processor: what libraries allocate and touch for the first time; 57 to 156 MiB (benchmarks/plan_cpu.py).
+    cpu_libraries: int = 75 * 2**20
     source: str = ""
 
     @property

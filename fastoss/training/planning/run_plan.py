@@ -150,10 +150,9 @@ def setting_of(recipe: Recipe, model: ModelPlan, ranks: int) -> Setting:
     """What memory depends on in a recipe."""
     shared_out = recipe.distributed.strategy == "fsdp" and ranks > 1  # read by shares, not mapped
     recompute = recipe.train.recompute == "full" or (recipe.train.recompute == "auto" and model.device == "gpu")
-    answers = bool(recipe.samples.prompts or recipe.samples.from_train or recipe.eval.replies)
     return Setting(
         backend=model.backend, precision=model.precision, device=model.device, lora=recipe.lora, recompute=recompute,
-        strategy=recipe.distributed.strategy, ranks=ranks, host_layers=recipe.distributed.host_layers, answers=answers,
+        strategy=recipe.distributed.strategy, ranks=ranks, host_layers=recipe.distributed.host_layers,
         mapped=model.device == "cpu" and not shared_out and _is_float32(model),
     )  # fmt: skip
 
