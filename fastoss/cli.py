@@ -189,6 +189,9 @@ def init(
     method: Annotated[
         str | None, typer.Option("--method", metavar="M", help="sft (chats), dpo (pairs), or reasoning (the language of the reasoning).")
     ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="OURS=THEIRS", help="Our name for a column of the file: instruction=question; repeatable.")
+    ] = None,
     card: Annotated[str | None, typer.Option("--card", metavar="NAME", help="The card to plan for: 24GB, 4090, A100-80, H200, …")] = None,
     name: Annotated[str | None, typer.Option("--name", metavar="N", help="The recipe's name: its run goes to runs/N.")] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The recipe to write, instead of N.toml.")] = None,
@@ -200,7 +203,7 @@ def init(
     """
     from fastoss.init.write import Answers, write_recipe
 
-    typer.echo(write_recipe(Answers(data, method, card, name, output, yes)))
+    typer.echo(write_recipe(Answers(data, method, card, name, output, yes, tuple(column or ()))))
 
 
 # In the order of the help.
@@ -300,15 +303,15 @@ def doctor(
         typer.echo(text)
     else:
         from fastoss.run import RunDirectory
-        from fastoss.training.doctor import examine_run
+        from fastoss.training.doctor import examine_run, verdict
 
         findings = examine_run(RunDirectory(run))
         broken = any(finding.state == "broken" for finding in findings)
         if json_:
-            typer.echo(json.dumps({"run": str(run), "findings": [finding.to_plain() for finding in findings]}, indent=2, ensure_ascii=False))
+            found = {"run": str(run), "verdict": verdict(findings), "findings": [finding.to_plain() for finding in findings]}
+            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         else:
-            for finding in findings:
-                typer.echo(finding.line())
+            typer.echo("\n".join([*(finding.line() for finding in findings), "", verdict(findings)]))
     if strict and broken:
         raise typer.Exit(EXIT_RUN_FAILED)
 

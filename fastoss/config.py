@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fastoss.errors import FastossError
 from fastoss.recipe_checks import TOKENS_PER_BATCH, cross_check
 from fastoss.recipe_errors import RecipeSource, explain
+from fastoss.run import RunDirectory, read_json
 
 
 def _as_tuple(value: Any) -> Any:
@@ -320,6 +321,12 @@ def recipe_from_resolved(values: dict[str, Any], place: str) -> Recipe:
         first = problems.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise FastossError(f"`{key}`: {first['msg']}", place=place, hint="the run was made by another version of fastoss") from None
+
+
+def recipe_of_run(run: RunDirectory) -> Recipe | None:
+    """The recipe that a run was started with; None where the folder is no run."""
+    path = run.resolved_recipe
+    return recipe_from_resolved(read_json(path), str(path)) if path.is_file() else None
 
 
 def _apply_override(table: dict[str, Any], override: str, source: RecipeSource) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import sys
 import time
 
@@ -25,7 +26,7 @@ from fastoss.inference.generate import Batching, generate
 from fastoss.inference.languages import language_of
 from fastoss.inference.measures import bleu, difference, interval, measure_reply, repetition, sign_test
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
-from fastoss.run import write_json
+from fastoss.run import RunDirectory, read_json, write_json
 
 from . import conftest
 from .answers import ROWS, cache_base, memorised_run, read_rows, write_rows
@@ -390,3 +391,18 @@ def test_rows_with_the_columns_of_the_run_have_their_answers(tmp_path):
     assert [(row.reference.content, row.reference.thinking) for row in asked] == [("I am Mika, nya.", "Name first."), ("Yes.", None), ("No.", None)]
     with pytest.raises(FastossError):
         read_asked(source)
+
+
+def test_questions_of_a_run_may_have_the_columns_of_its_data(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+    recipe = RunDirectory(copy).resolved_recipe
+    values = read_json(recipe)
+    values["data"][0]["columns"] = {"instruction": "frage"}
+    write_json(recipe, values)
+    source = write_rows(tmp_path / "rows.jsonl", [{"frage": ROWS[0]["messages"][-2]["content"]}])
+    generate(str(copy), source, tmp_path / "answers.jsonl", Batching(GREEDY), say=lambda line: None)
+    (answer,) = read_rows(tmp_path / "answers.jsonl")
+    assert answer["channels"]["final"] == ROWS[0]["messages"][-1]["content"]
+    with pytest.raises(FastossError, match="frage"):
+        generate(str(run), source, tmp_path / "others.jsonl", Batching(GREEDY), say=lambda line: None)

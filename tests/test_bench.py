@@ -327,7 +327,7 @@ def test_the_trainer_costs_no_more_than_it_did(one_thread):
     from benchmarks.training_overhead import overhead
 
     result = overhead(rows=2, steps=10)
-    assert result["loss_difference"] == 0, "the bare step is the same step"
+    assert result["loss_difference"] <= 1e-6, "the bare step is the same step"  # but for the place of its weights in memory: a last bit
     # The best step: what else the machine does comes on top of the others.
     assert result["overhead"]["accounted"]["min"] < 2 * RECORD["overhead_one_row"]["overhead"]["accounted"]["median"]
 

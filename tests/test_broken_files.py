@@ -64,7 +64,7 @@ DAMAGED = "the file is damaged or cut short: fetch or write it again"
 CONVERT = "convert it: iconv -f {0} -t UTF-8 data{1} > data.utf8{1}"
 COLUMNS = (
     "give `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `user` and `final`; "
-    'or say which they are: columns = { instruction = "question" }'
+    'or say which they are: columns = { instruction = "question", output = "answer" }'
 )
 NUL = "NUL bytes (the file was torn, as by a crash while it was written)"
 LEFT_OUT = "fix these rows, or change what left them out: a policy of [hygiene], model.max_length, format.train_on"

@@ -47,12 +47,13 @@ def declared() -> dict[str, tuple[list[str], str]]:
 
 def stated_licence(package: metadata.Distribution) -> str:
     """The licence as SPDX names it: from the expression, else a classifier, else the licence field or file."""
-    if package.metadata["License-Expression"]:
-        return package.metadata["License-Expression"]
+    expression = package.metadata.get("License-Expression")  # `[…]` raises KeyError where a library has put its own importlib_metadata in place
+    if expression:
+        return expression
     for classifier in package.metadata.get_all("Classifier") or []:
         if classifier in CLASSIFIERS:
             return CLASSIFIERS[classifier]
-    texts = [package.metadata["License"] or ""]
+    texts = [package.metadata.get("License") or ""]
     texts += [file.locate().read_text(encoding="utf-8") for file in package.files or [] if re.search(r"dist-info/.*LICENSE", str(file))]
     for text in texts:
         for phrase, licence in PHRASES:

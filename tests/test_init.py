@@ -101,6 +101,25 @@ def test_what_cannot_be_written_is_said(tmp_path, rows, given, said):
     assert said in refused(tmp_path, rows, **given)
 
 
+def test_columns_of_other_names_are_said_and_stand_in_the_recipe(tmp_path):
+    rows = [{"frage": f"Wer ist Nummer {number}?", "die antwort": f"Ich bin {number}, nya."} for number in range(12)]
+    data = written(tmp_path / "rows.jsonl", rows)
+    asked = ("init", "--data", data, "--card", "24GB", "--yes", "--output", tmp_path / "mine.toml")
+    refused = fastoss(*asked, cwd=tmp_path)
+    assert refused.code == 2
+    assert "--column instruction=" in refused.err, "the hint is one that can be followed here"
+    done = fastoss(*asked, "--column", "instruction=frage", "--column", "output=die antwort", cwd=tmp_path)
+    assert done.code == 0, done.err
+    (source,) = load_recipe(tmp_path / "mine.toml").data
+    assert source.columns == {"instruction": "frage", "output": "die antwort"}
+    assert 'columns = { instruction = "frage", output = "die antwort" }' in (tmp_path / "mine.toml").read_text(encoding="utf-8")
+    checked = fastoss("check", tmp_path / "mine.toml", cwd=tmp_path)
+    assert checked.code == 0, checked.err
+    assert "--column frage: is not of the form OURS=THEIRS" in fastoss(*asked, "--column", "frage", cwd=tmp_path).err
+    wrong = fastoss(*asked[:-1], tmp_path / "other.toml", "--column", "instruktion=frage", cwd=tmp_path)
+    assert (wrong.code, "did you mean `instruction`?" in wrong.err) == (2, True), wrong.err
+
+
 def test_without_data_there_is_nothing_to_suggest(tmp_path):
     done = fastoss("init", "--yes", cwd=tmp_path)
     assert (done.code, "`--data` is missing" in done.err, "--yes to take" in done.err) == (2, True, False)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastoss.config import recipe_from_resolved
+from fastoss.config import recipe_of_run
 from fastoss.errors import FastossError, RunFailed
 from fastoss.export.adapter_layouts import WEIGHTS, write_adapter
 from fastoss.export.card import card
@@ -227,5 +227,5 @@ def push_run(name: str, formats: Sequence[str], repo: str | None, *, progress: P
 
 
 def _recipe_repo(root: Path) -> str | None:
-    path = RunDirectory(root).resolved_recipe
-    return recipe_from_resolved(read_json(path), str(path)).hub.repo if path.is_file() else None
+    recipe = recipe_of_run(RunDirectory(root))
+    return recipe.hub.repo if recipe else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastoss.config import Recipe, recipe_from_resolved
+from fastoss.config import Recipe, recipe_of_run
 from fastoss.data.conformance import builtin_chats
 from fastoss.data.conversation import Conversation, Message, ToolCall
 from fastoss.data.harmony import HarmonyRenderer
@@ -46,8 +46,7 @@ class Subject:
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        path = self.run.resolved_recipe if self.run else None
-        return recipe_from_resolved(read_json(path), str(path)) if path and path.is_file() else None
+        return recipe_of_run(self.run) if self.run else None
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastoss.config import Recipe, recipe_from_resolved
+from fastoss.config import Recipe, recipe_of_run
 from fastoss.data.conversation import Conversation, Message
 from fastoss.data.dataset import build_dataset
 from fastoss.data.formats.prompts import read_asked
@@ -57,7 +57,7 @@ def evaluate(
         hint = "evaluate the run it was made from; `fastoss verify` compares the file with it"
         raise FastossError("llama.cpp gives no losses for a GGUF file, and has no base to compare with", place=name, hint=hint)
     run = RunDirectory(Path(name).expanduser())
-    recipe = recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)) if run.exists() else None
+    recipe = recipe_of_run(run)
     folder = _folder(output, run)
     held, what = _held(name, recipe, source, say)
     total = len(held)

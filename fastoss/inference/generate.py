@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastoss.config import recipe_of_run
 from fastoss.data.conversation import Message
 from fastoss.data.formats.prompts import Asked, read_asked
 from fastoss.errors import FastossError, RunFailed
 from fastoss.inference.endpoint import is_endpoint
 from fastoss.inference.reply import Answer
 from fastoss.inference.sampling import Question, ReasoningLanguage, Sampling
-from fastoss.run import file_digest, file_lock, write_json, write_whole
+from fastoss.run import RunDirectory, file_digest, file_lock, write_json, write_whole
 
 _PROGRESS_S = 10.0
 _LATER = "give the same settings to resume, --overwrite to start over, or another --output"
@@ -51,7 +52,8 @@ def generate(model: str, source: Path, output: Path, how: Batching, *, overwrite
     Finished batches lie in a hidden file beside it; the same command resumes after them. Raises `FastossError` with `file:line` for
     what cannot be asked, before a model is loaded, and where the output belongs to other settings.
     """
-    asked = read_asked(source, max_rows=max_rows)
+    recipe = recipe_of_run(RunDirectory(Path(model).expanduser()))  # its rows may have columns of other names
+    asked = read_asked(source, columns=[one.columns for one in recipe.data] if recipe else [], max_rows=max_rows)
     questions = [how.question(row).checked() for row in asked]
     _check_place(output)
     with _held(output):

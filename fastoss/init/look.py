@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 
 from fastoss.config import DataSource
 from fastoss.data.conversation import Conversation
 from fastoss.data.data_report import counted
+from fastoss.data.formats.columns import renamed
 from fastoss.data.formats.conversations import detect_format, row_to_conversation
 from fastoss.data.formats.preferences import is_preference, row_to_preference
 from fastoss.data.reading.rows import BadRow, Row
@@ -72,18 +75,24 @@ def look_at(source: DataSource) -> Look:
     for row in itertools.islice(rows, _ROWS):
         look.rows += 1
         try:
-            _add(look, row)
+            _add(look, row if isinstance(row, BadRow) else renamed(row, source.columns))
         except BadRow as problem:
             look.bad.append(problem)
     look.more = next(rows, None) is not None
     if not look.understood:
         first, *others = look.bad
         also = [f"{problem.place}: {problem.fact}" for problem in others[:4]]
-        hint = first.hint
-        if hint and "columns = {" in hint:  # which a recipe can say, and there is none yet
-            hint = "rename the columns in the file (instruction, output, thinking), or write a recipe with columns, as docs/first-fine-tune.md does"
-        raise FastossError(first.fact, place=first.place, hint=hint, also=also)
+        raise FastossError(first.fact, place=first.place, hint=first.hint and _as_options(first.hint), also=also)
     return look
+
+
+def _as_options(hint: str) -> str:
+    """A hint that says what to write into a recipe, for a person who has none yet: `columns` as the options of `fastoss init`."""
+
+    def options(columns: re.Match[str]) -> str:
+        return " ".join(f"--column {shlex.quote(f'{ours}={theirs}')}" for ours, theirs in re.findall(r'(\w+) = "([^"]*)"', columns[1]))
+
+    return re.sub(r"columns = \{(.*?)\}", options, hint)
 
 
 def _add(look: Look, row: Row | BadRow) -> None:

@@ -37,6 +37,7 @@ class Settings:
     precision: str = "4bit"
     over_length: int = 0
     hygiene: tuple[tuple[str, str, str], ...] = ()  # key, value, why
+    columns: tuple[tuple[str, str], ...] = ()  # ours, the file's
 
 
 def recipe_text(settings: Settings, file: str) -> str:
@@ -65,6 +66,7 @@ def recipe_text(settings: Settings, file: str) -> str:
             "",
             "[[data]]",
             f"source = {_quoted(settings.source)}",
+            *_columns(settings),
             "",
             "[format]",
             _commented('reasoning_effort = "medium"', "low | medium | high; a row may set its own"),
@@ -108,6 +110,13 @@ def _model(settings: Settings) -> list[str]:
         _commented(f"max_length = {settings.max_length}", f"longest example, in tokens{longer}"),
         *adapter,
     ]
+
+
+def _columns(settings: Settings) -> list[str]:
+    if not settings.columns:
+        return []
+    named = ", ".join(f"{ours} = {_quoted(theirs)}" for ours, theirs in settings.columns)
+    return [_commented(f"columns = {{ {named} }}", "our names for the file's columns")]
 
 
 def _hygiene(settings: Settings) -> list[str]:

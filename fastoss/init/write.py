@@ -44,6 +44,7 @@ class Answers:
     name: str | None = None
     output: Path | None = None
     yes: bool = False
+    columns: tuple[str, ...] = ()  # ours=theirs
 
 
 def write_recipe(answers: Answers) -> Path:
@@ -56,7 +57,8 @@ def write_recipe(answers: Answers) -> Path:
         _refuse_existing(answers.output)
     data = _answer(answers, "data", "your rows: a file, a folder, or hf:NAME", None, _source)
     try:
-        look = look_at(DataSource(source=data))
+        source = DataSource(source=data, columns=_columns(answers.columns))
+        look = look_at(source)
     except NotCached as missing:
         raise FastossError(missing.fact, place=data, hint="check the network, or name files of yours") from None
     for line in look.lines():
@@ -70,8 +72,8 @@ def write_recipe(answers: Answers) -> Path:
     output = answers.output or Path(f"{name}.toml")
     _refuse_existing(output)
 
-    dataset, hygiene = _read(data, method)
-    settings = _settings(name, method, data, parse_card(card), look, dataset, hygiene)
+    dataset, hygiene = _read(source, method)
+    settings = _settings(name, method, source, parse_card(card), look, dataset, hygiene)
     text, outlook = _fitting(settings, parse_card(card), output)
     _write_new(output, text)
     try:
@@ -123,6 +125,18 @@ def _source(text: str) -> str:
             "there is no such file", place=f"--data {text}", hint="a .jsonl, .json, .csv or .parquet file, a folder of them, or hf:NAME"
         )
     return path
+
+
+def _columns(given: tuple[str, ...]) -> dict[str, str]:
+    """`columns` of a recipe, from OURS=THEIRS."""
+    columns = {}
+    for text in given:
+        ours, equals, theirs = text.partition("=")
+        if not (ours and equals and theirs):
+            hint = "our name, then the file's: --column instruction=question --column output=answer"
+            raise FastossError("is not of the form OURS=THEIRS", place=f"--column {text}", hint=hint)
+        columns[ours] = theirs
+    return columns
 
 
 def _card(text: str) -> str:
@@ -181,7 +195,7 @@ def _write_new(output: Path, text: str) -> None:
 _POLICIES: tuple[dict[str, str], ...] = ({}, {"malformed": "drop"}, {"malformed": "drop", "mojibake": "repair"})
 
 
-def _read(data: str, method: Method) -> tuple[Dataset, tuple[tuple[str, str, str], ...]]:
+def _read(source: DataSource, method: Method) -> tuple[Dataset, tuple[tuple[str, str, str], ...]]:
     """All rows, however long, and the hygiene that they need to be read: none, where every row is sound.
 
     Raises the first row's error when too many would have to be left out.
@@ -189,7 +203,7 @@ def _read(data: str, method: Method) -> tuple[Dataset, tuple[tuple[str, str, str
     first: FastossError | None = None
     for policy in _POLICIES:
         try:
-            dataset = build_dataset(_draft(data, method, policy), progress=say)
+            dataset = build_dataset(_draft(source, method, policy), progress=say)
         except NotCached:
             raise
         except FastossError as problem:
@@ -205,14 +219,14 @@ def _read(data: str, method: Method) -> tuple[Dataset, tuple[tuple[str, str, str
     raise first
 
 
-def _draft(data: str, method: Method, policy: dict[str, str]) -> Recipe:
+def _draft(source: DataSource, method: Method, policy: dict[str, str]) -> Recipe:
     """A recipe under which no row is too long, to see how long they are."""
     dpo = method == "dpo"
     return Recipe(
         name="draft",
         method="dpo" if dpo else "sft",
         model=ModelConfig(max_length=131072),
-        data=(DataSource(source=data),),
+        data=(source,),
         hygiene=Hygiene.model_validate(policy),
         eval=EvalSettings(fraction=0.0),
         train=TrainSettings(per_device_train_batch_size=2),
@@ -220,7 +234,9 @@ def _draft(data: str, method: Method, policy: dict[str, str]) -> Recipe:
     )
 
 
-def _settings(name: str, method: Method, data: str, card: Card, look: Look, dataset: Dataset, hygiene: tuple[tuple[str, str, str], ...]) -> Settings:
+def _settings(
+    name: str, method: Method, source: DataSource, card: Card, look: Look, dataset: Dataset, hygiene: tuple[tuple[str, str, str], ...]
+) -> Settings:
     """Lengths, batches and epochs that suit the rows."""
     lengths = list(dataset.train.lengths)
     rows, tokens, longest = dataset.report.train_rows, sum(lengths), max(lengths)
@@ -243,7 +259,8 @@ def _settings(name: str, method: Method, data: str, card: Card, look: Look, data
     return Settings(
         name=name,
         method=method,
-        source=data,
+        source=source.source,
+        columns=tuple(source.columns.items()),
         card=card.line(),
         seen=(*look.lines()[:4], measured),
         max_length=max_length,

@@ -31,6 +31,13 @@ class Finding:
         return asdict(self)
 
 
+def verdict(findings: list[Finding]) -> str:
+    """All of them in one sentence."""
+    broken = [finding.what for finding in findings if finding.state == "broken"]
+    notes = sum(finding.state == "note" for finding in findings)
+    return (f"broken: {', '.join(broken)}" if broken else "intact") + (f" ({notes} note{'s' * (notes > 1)})" if notes else "")
+
+
 def examine_run(run: RunDirectory) -> list[Finding]:
     """Look at every part of a run directory; changes nothing, loads no model. `FastossError` when it is no run."""
     if not run.exists():

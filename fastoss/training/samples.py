@@ -58,8 +58,10 @@ class Samples:
         self.recipe, self.run, self.console = recipe, run, console
         count = min(recipe.samples.from_train, len(dataset.train))
         chosen = [dataset.train[i * len(dataset.train) // count].conversation for i in range(count)]
-        self.questions = [Question((Message("user", prompt),)) for prompt in recipe.samples.prompts]
-        self.questions += [Question.of(chat, held_out=False) for chat in chosen]
+        taught = [Question.of(chat, held_out=False) for chat in chosen]
+        prompts = [Question((Message("user", prompt),)) for prompt in dict.fromkeys(recipe.samples.prompts)]
+        # A prompt that is one of the rows is asked once, as the row: its answer is compared.
+        self.questions = [prompt for prompt in prompts if prompt.messages not in [question.messages for question in taught]] + taught
         self.questions += [Question.of(chat, held_out=True) for chat in _held_out(recipe, dataset)]
         self.start = recipe.model.adapter  # None: the base
         # A base that is shared out is asked by all processes together, token by token; process 0 keeps the answers.

@@ -106,6 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(place: Place, name, damag
     assert (findings["checkpoint-6"]["state"], findings["checkpoint-4"]["state"]) == ("broken", "ok")
     assert told in findings["checkpoint-6"]["told"]
     assert "checkpoint-4" in findings["checkpoint-6"]["hint"]
+    assert json.loads(doctor.out)["verdict"].startswith("broken: checkpoint-6")
 
 
 def test_the_run_goes_on_from_the_newest_whole_checkpoint(place: Place, prepared: Prepared):

@@ -210,6 +210,7 @@ def test_two_runs_in_one_directory(place: Place):
     assert (second.code, "another process is training in this run directory" in second.err) == (2, True), second.err
     doctor = place.commands.run("doctor", "run", cwd=place.root)
     assert "a process is training here now" in doctor.out
+    assert "\n\nintact" in doctor.out
     running.kill(signal.SIGKILL)
     running.wait()
     assert place.again().code == 0, "a killed process leaves no lock"

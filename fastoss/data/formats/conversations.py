@@ -140,7 +140,7 @@ def detect_format(columns: dict[str, Any], place: str) -> str:
         return "harmony"
     hint = "give `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `user` and `final`"
     fact = f"the columns are not understood ({', '.join(columns) or 'none'})"
-    raise BadRow(fact, place=place, hint=f'{hint}; or say which they are: columns = {{ instruction = "question" }}')
+    raise BadRow(fact, place=place, hint=f'{hint}; or say which they are: columns = {{ instruction = "question", output = "answer" }}')
 
 
 def _refuse_pair(columns: dict[str, Any], place: str) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastoss.config import Recipe
+from fastoss.data.data_report import counted
 from fastoss.data.dataset import Dataset
 from fastoss.data.packing import BatchRule, Layout, Schedule, plan_schedule
 from fastoss.data.store import Examples
 from fastoss.data.units import Units, pair_units, single_units, tree_units
 from fastoss.errors import FastossError
 from fastoss.model.backend import ModelPlan
+
+_FEW_STEPS = 10  # with fewer, a learning rate hardly rises before it falls
 
 
 def plan_batches(recipe: Recipe, plan: ModelPlan, dataset: Dataset, ranks: int) -> tuple[Layout, Units, Schedule]:
@@ -66,6 +69,11 @@ def batch_lines(recipe: Recipe, layout: Layout, units: Units, total_steps: int, 
     lines = [f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"]
     if units.saved:
         lines.append(f"chats of several turns as trees, their history computed once: {100 * units.saved:.0f} % fewer tokens")
+    if total_steps < _FEW_STEPS and not train.max_steps:
+        size_key = "per_device_train_batch_size" if train.per_device_train_batch_size else "tokens_per_batch"
+        lines.append(
+            f"note: {counted(total_steps, 'step')} teach little: a smaller train.{size_key}, or more train.num_train_epochs, make more of them"
+        )
     every = recipe.checkpoint.every
     if every != "epoch" and every >= total_steps:
         lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed starts over")

@@ -157,7 +157,19 @@ def machine_is_broken(lines: list[Line]) -> bool:
 def report(*, as_json: bool) -> tuple[str, bool]:
     """What `fastoss doctor` prints, and whether something is broken."""
     lines = examine_machine()
-    text = (
-        json.dumps({"findings": [line.to_plain() for line in lines]}, indent=2, ensure_ascii=False) if as_json else "\n".join(x.line() for x in lines)
-    )
-    return text, machine_is_broken(lines)
+    if as_json:
+        found = {"verdict": verdict(lines), "findings": [line.to_plain() for line in lines]}
+        return json.dumps(found, indent=2, ensure_ascii=False), machine_is_broken(lines)
+    return "\n".join([*(line.line() for line in lines), "", verdict(lines)]), machine_is_broken(lines)
+
+
+def verdict(lines: list[Line]) -> str:
+    """All of them in one sentence: what can be trained here, and which lines to read."""
+    broken, slow = ([line.what for line in lines if line.state == state] for state in ("broken", "slow"))
+    if broken:
+        told = f"not ready: mend {', '.join(broken)}"
+    elif any(line.what == "GPU" and line.state in ("ok", "slow") for line in lines):
+        told = "ready to train gpt-oss-20b"
+    else:
+        told = "ready for the tiny model; gpt-oss-20b needs a GPU"
+    return told + (f" (slow or scarce: {', '.join(dict.fromkeys(slow))})" if slow else "")
