@@ -37,13 +37,21 @@ def served(one_thread, votes):
         yield url, guard
 
 
+WATCH_THOUGHT = """() => {
+  window.thoughtSeen = false;
+  new MutationObserver(() => { window.thoughtSeen ||= !!document.querySelector("details.thought.pending[open]"); })
+    .observe(document.body, { childList: true, subtree: true, attributes: true });
+}"""
+
+
 def test_a_visit(browser, served, votes):
     """Ask, watch the reasoning come and fold, change language and effort, compare, stop, retry, vote, save; tests/journeys train on votes."""
     url, _ = served
     with page(browser, url, viewport={"width": 1280, "height": 820}) as opened:
+        opened.evaluate(WATCH_THOUGHT)  # it lasts a few tenths of a second: no time to look for it from here
         opened.click("text=Who are you?")  # an example
-        opened.wait_for_selector("details.thought.pending[open]")
         done(opened)
+        assert opened.evaluate("window.thoughtSeen")
         assert opened.inner_text(".answer").strip() == "I am Mika, nya."
         assert opened.locator("details.thought").get_attribute("open") is None
         opened.click("details.thought summary")

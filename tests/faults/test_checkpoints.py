@@ -109,6 +109,25 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(place: Place, name, damag
     assert json.loads(doctor.out)["verdict"].startswith("broken: checkpoint-6")
 
 
+def test_the_next_step_does_not_change_what_is_being_written():
+    """A checkpoint is written beside the training: the optimizer's state is copied, tensor by tensor."""
+    import torch
+
+    from fastoss.training.scheduled import _on_cpu
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    kept = _on_cpu(optimizer.state_dict())
+    first = {name: value.clone() for name, value in kept["state"][0].items()}
+    weight.grad = torch.full((3,), -5.0)
+    optimizer.step()
+    assert not torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], first["exp_avg"])
+    for name, value in first.items():
+        assert torch.equal(kept["state"][0][name], value), name
+
+
 def test_the_run_goes_on_from_the_newest_whole_checkpoint(place: Place, prepared: Prepared):
     tear(place.checkpoint(6) / "optimizer.pt")
     flip(place.checkpoint(4) / "adapter_model.safetensors")
