@@ -115,6 +115,9 @@ def test_columns_of_other_names_are_said_and_stand_in_the_recipe(tmp_path):
     assert 'columns = { instruction = "frage", output = "die antwort" }' in (tmp_path / "mine.toml").read_text(encoding="utf-8")
     checked = fastoss("check", tmp_path / "mine.toml", cwd=tmp_path)
     assert checked.code == 0, checked.err
+    assert "note: 5 steps teach little: a smaller train.tokens_per_batch or more train.num_train_epochs" in checked.out
+    more = fastoss("check", tmp_path / "mine.toml", "--set", "train.num_train_epochs=20", cwd=tmp_path)
+    assert (more.code, "teach little" in more.out) == (0, False)
     other = (*asked[:-1], tmp_path / "other.toml", "--column")
     assert "--column frage: is not of the form OURS=THEIRS" in fastoss(*other, "frage", cwd=tmp_path).err
     wrong = fastoss(*other, "instruktion=frage", cwd=tmp_path)

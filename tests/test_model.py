@@ -139,7 +139,7 @@ def test_marks_are_those_of_one_batch():
 
 
 class LiveTiles(TorchDispatchMode):
-    """Counts the tensors of at least `size` values that are alive after each operation, views of one memory once."""
+    """The bytes of tensors of at least `size` values that are alive after an operation, at most; views of one memory count once."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -150,7 +150,7 @@ class LiveTiles(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.numel() >= self.size:
             self.seen.append(weakref.ref(result))
         alive = [tensor for tensor in (reference() for reference in self.seen) if tensor is not None]
-        self.most = max(self.most, len({tensor.untyped_storage().data_ptr() for tensor in alive}))
+        self.most = max(self.most, sum({memory.data_ptr(): memory.nbytes() for memory in (t.untyped_storage() for t in alive)}.values()))
         return result
 
 
@@ -160,7 +160,7 @@ def test_two_tiles_of_logits_are_the_most_there_is():
     weight, hidden = torch.randn(words, 8), torch.randn(3 * CPU_CHUNK, 8, requires_grad=True)
     with LiveTiles(CPU_CHUNK * words) as live:
         losses, correct, entropy = token_losses(hidden, weight, torch.arange(len(hidden)))
-    assert live.most == 2
+    assert live.most == 2 * CPU_CHUNK * words * 4
     logits = hidden.detach().double() @ weight.double().t()
     torch.testing.assert_close(losses.double(), F.cross_entropy(logits, torch.arange(len(hidden)), reduction="none"), rtol=1e-5, atol=1e-6)
     assert correct == (logits.argmax(1) == torch.arange(len(hidden))).sum()

@@ -101,23 +101,26 @@ class _TokenLosses(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunk = CPU_CHUNK if hidden.device.type == "cpu" else chunk
+        # Two tiles are all there is: each step works in place, in the memory of the step before.
+        tiles = torch.empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             part, target = (values[start : start + chunk] for values in (hidden, targets))
-            logits = (part @ weight.to(part.dtype).t()).float()
+            logits, probabilities = tiles[:, : len(part)]
+            if part.dtype == torch.float32:
+                torch.mm(part, weight.to(part.dtype).t(), out=logits)
+            else:
+                logits.copy_(part @ weight.to(part.dtype).t())
             correct += (logits.argmax(1) == target).sum()
-            # In place, and nothing of a tile outlives it: two tiles are the most there is.
             logits -= logits.amax(1, keepdim=True)
-            probabilities = logits.exp()
+            torch.exp(logits, out=probabilities)
             total = probabilities.sum(1, keepdim=True)
             normaliser, chosen = total.log(), logits.gather(1, target[:, None])
             losses[start : start + chunk] = (normaliser - chosen).squeeze(1)
             probabilities /= total
             entropy += (normaliser.squeeze(1) - logits.mul_(probabilities).sum(1)).sum()
-            del logits
             if gradient is not None:
                 probabilities.scatter_add_(1, target[:, None], torch.full_like(chosen, -1.0))
                 gradient[start : start + chunk] = probabilities.to(weight.dtype) @ weight
-            del probabilities
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct, entropy)

@@ -24,8 +24,8 @@ class Constants:
     # Share of the limit (arithmetic and traffic at the card's stated figures) that a run reaches: a guess. Unsloth publishes 3.7k to 11.5k
     # tokens a second of bf16 LoRA on a B200, a twentieth to a sixth of it, one row at a time; packed batches are fuller.
     speed: float = 0.2
-    # On a processor: what libraries allocate and touch for the first time; 30 to 156 MiB (benchmarks/plan_cpu.py).
-    cpu_libraries: int = 60 * 2**20
+    # On a processor: what libraries allocate and touch for the first time (benchmarks/plan_cpu.py).
+    cpu_libraries: int = 45 * 2**20
     source: str = ""
 
     @property

@@ -69,17 +69,21 @@ def batch_lines(recipe: Recipe, layout: Layout, units: Units, total_steps: int, 
     lines = [f"{total_steps:,} steps of {micro}{processes}, {size} each, {how}"]
     if units.saved:
         lines.append(f"chats of several turns as trees, their history computed once: {100 * units.saved:.0f} % fewer tokens")
-    if total_steps < _FEW_STEPS and not train.max_steps:
-        size_key = "per_device_train_batch_size" if train.per_device_train_batch_size else "tokens_per_batch"
-        lines.append(
-            f"note: {counted(total_steps, 'step')} teach little: a smaller train.{size_key}, or more train.num_train_epochs, make more of them"
-        )
+    lines += few_steps(recipe, total_steps)
     every = recipe.checkpoint.every
     if every != "epoch" and every >= total_steps:
         lines.append(f"note: no checkpoint before the end (checkpoint.every = {every}); a run that is killed starts over")
     if recipe.eval.fraction and recipe.eval.every >= total_steps:
         lines.append(f"note: no evaluation before the end (eval.every = {recipe.eval.every})")
     return lines
+
+
+def few_steps(recipe: Recipe, total_steps: int) -> list[str]:
+    """A note where an optimizer has hardly begun when it ends; none where the recipe itself names the steps."""
+    if total_steps >= _FEW_STEPS or recipe.train.max_steps:
+        return []
+    size = "per_device_train_batch_size" if recipe.train.per_device_train_batch_size else "tokens_per_batch"
+    return [f"note: {counted(total_steps, 'step')} teach little: a smaller train.{size} or more train.num_train_epochs make more of them"]
 
 
 def eval_units(recipe: Recipe, dataset: Dataset) -> Units:

@@ -11,24 +11,25 @@ from fastoss.data.dataset import Dataset
 from fastoss.errors import FastossError
 from fastoss.model.backend import NEEDS_GPU, plan_model
 from fastoss.model.cards import card_for, cards_found
-from fastoss.training.planning.batches import plan_batches
+from fastoss.training.planning.batches import few_steps, plan_batches
 from fastoss.training.planning.fit import Fit, find_fit, fit_lines, write_fit
 from fastoss.training.planning.run_plan import RunPlan, plan_run
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """A plan, and the settings that would fit where it does not. `price` is for a card and hour, in any currency."""
+    """A plan, and the settings that would fit where it does not. `price` is for a card and hour, in any currency; `notes` are for people."""
 
     plan: RunPlan
     fit: Fit | None
     price: float | None
+    notes: list[str]
 
     def lines(self) -> list[str]:
         lines = self.plan.lines(self.price)
         if self.plan.card is not None and not self.plan.fits:
             lines += fit_lines(self.fit, self.plan.card)
-        return lines
+        return lines + self.notes
 
     def to_plain(self) -> dict[str, Any]:
         changes = [{"key": c.key, "old": c.old, "new": c.new, "costs": c.costs} for c in self.fit.changes] if self.fit else None
@@ -50,7 +51,7 @@ def judge(recipe: Recipe, dataset: Dataset, *, card: str | None = None, price: f
     fit = None
     if plan.card is not None and not plan.fits:
         fit = find_fit(recipe, model, plan.card, units, ranks)
-    return Outlook(plan, fit, price)
+    return Outlook(plan, fit, price, few_steps(recipe, plan.steps))
 
 
 def write_fitting(outlook: Outlook, recipe_path: Path, overrides: list[str]) -> list[str]:
