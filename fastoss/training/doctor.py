@@ -13,6 +13,7 @@ from fastoss.errors import FastossError
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.run import RunDirectory, file_lock, read_json, read_lines
 from fastoss.training.checkpoint import checkpoint_fault, list_checkpoints
+from fastoss.training.resume import MANIFEST_KEYS
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def examine_run(run: RunDirectory) -> list[Finding]:
 
 
 def _papers(run: RunDirectory) -> Iterator[Finding]:
-    for path, needed in ((run.resolved_recipe, ()), (run.manifest, ("versions", "data", "world_size", "started", "run_id"))):
+    for path, needed in ((run.resolved_recipe, ()), (run.manifest, MANIFEST_KEYS)):
         try:
             content = read_json(path)
             if path == run.resolved_recipe:

@@ -37,6 +37,8 @@ _FREE = {
 }  # fmt: skip
 _ANOTHER_RUN = {"method", "model.name", "model.adapter", "lora", "model.precision", "precision"}
 _FACTS = {"world_size": "the number of processes", "backend": "the backend", "precision": "the precision", "layout": "the layout of batches"}
+# What manifest.json must say of a run that is to go on.
+MANIFEST_KEYS = ("versions", "data", "started", "run_id", *_FACTS)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,10 @@ def check_same_run(run: RunDirectory, recipe: Recipe, facts: dict[str, Any], *, 
 
 
 def changes_since(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> list[Change]:
-    """Everything in recipe, data, processes and libraries that differs from what the run directory says."""
+    """Everything in recipe, data, processes and libraries that differs from what the run directory says.
+
+    Raises `FastossError` where its papers are not of this version of fastoss.
+    """
     before = resolved_dict(recipe_from_resolved(read_json(run.resolved_recipe), str(run.resolved_recipe)))
     now = resolved_dict(recipe)
     changes = []
@@ -161,6 +166,10 @@ def changes_since(run: RunDirectory, recipe: Recipe, facts: dict[str, Any]) -> l
         )
         changes += [Change(key, a, b, _kind(key)) for key, a, b in pairs if a != b]
     manifest = read_json(run.manifest)
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing:
+        hint = "the run was made by another version of fastoss; --output names another place, --no-resume --overwrite starts over"
+        raise FastossError(f"`{missing[0]}` is missing", place=str(run.manifest), hint=hint)
     if manifest["data"]["fingerprint"] != facts["data"]["fingerprint"]:
         changes.append(Change("the data has changed", None, None, "insist"))
     changes += [Change(name, manifest[key], facts[key], _kind(key)) for key, name in _FACTS.items() if manifest[key] != facts[key]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from fastoss.config import recipe_from_resolved
-from fastoss.run import RunDirectory, read_json
+from fastoss.errors import FastossError
+from fastoss.run import RunDirectory, read_json, write_json
 from fastoss.training.resume import changes_since
 
 from ..conftest import ROWS, metrics
@@ -98,3 +100,13 @@ def test_a_library_that_the_run_does_not_use_may_come_and_go(prepared: Prepared,
         versions["unsloth"] = "2026.10.9"
     changes = changes_since(run, recipe_from_resolved(read_json(run.resolved_recipe), "here"), facts | {"versions": versions})
     assert any("the version of unsloth" in change.line() for change in changes) == (backend == "unsloth")
+
+
+@pytest.mark.parametrize("key", ["versions", "data", "layout", "world_size"])
+def test_papers_of_another_version_are_named(prepared: Prepared, tmp_path, key):
+    run = RunDirectory(tmp_path)
+    shutil.copyfile(prepared.whole / run.resolved_recipe.name, run.resolved_recipe)
+    facts = read_json(RunDirectory(prepared.whole).manifest)
+    write_json(run.manifest, {name: value for name, value in facts.items() if name != key})
+    with pytest.raises(FastossError, match=f"`{key}` is missing"):
+        changes_since(run, recipe_from_resolved(read_json(run.resolved_recipe), "here"), facts)
