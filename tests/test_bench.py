@@ -323,11 +323,14 @@ def test_packed_is_as_much_faster_as_it_was_at_the_same_loss(one_thread):
 
 
 @pytest.mark.slow
-def test_the_trainer_costs_no_more_than_it_did(one_thread):
-    from benchmarks.training_overhead import overhead
-
-    result = overhead(rows=2, steps=10)
-    assert result["loss_difference"] <= 1e-6, "the bare step is the same step"  # but for the place of its weights in memory: a last bit
+def test_the_trainer_costs_no_more_than_it_did():
+    """In a process of its own: where a test before has loaded Unsloth, what it patches moves a loss by a last bit."""
+    code = "import json; from benchmarks.training_overhead import overhead; print(json.dumps(overhead(rows=2, steps=10)))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["loss_difference"] == 0, "the bare step is the same step"
     # The best step: what else the machine does comes on top of the others.
     assert result["overhead"]["accounted"]["min"] < 2 * RECORD["overhead_one_row"]["overhead"]["accounted"]["median"]
 

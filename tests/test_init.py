@@ -120,6 +120,8 @@ def test_columns_of_other_names_are_said_and_stand_in_the_recipe(tmp_path):
     assert (more.code, "teach little" in more.out) == (0, False)
     other = (*asked[:-1], tmp_path / "other.toml", "--column")
     assert "--column frage: is not of the form OURS=THEIRS" in fastoss(*other, "frage", cwd=tmp_path).err
+    twice = fastoss(*other, "instruction=frage", "--column", "instruction=die antwort", cwd=tmp_path)
+    assert (twice.code, "`instruction` is named twice, as `frage` before" in twice.err) == (2, True), twice.err
     wrong = fastoss(*other, "instruktion=frage", cwd=tmp_path)
     assert (wrong.code, "did you mean `instruction`?" in wrong.err) == (2, True), wrong.err
 

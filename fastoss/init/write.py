@@ -129,12 +129,14 @@ def _source(text: str) -> str:
 
 def _columns(given: tuple[str, ...]) -> dict[str, str]:
     """`columns` of a recipe, from OURS=THEIRS."""
-    columns = {}
+    columns: dict[str, str] = {}
     for text in given:
         ours, equals, theirs = text.partition("=")
         if not (ours and equals and theirs):
             hint = "our name, then the file's: --column instruction=question --column output=answer"
             raise FastossError("is not of the form OURS=THEIRS", place=f"--column {text}", hint=hint)
+        if ours in columns:
+            raise FastossError(f"`{ours}` is named twice, as `{columns[ours]}` before", place=f"--column {text}")
         columns[ours] = theirs
     return columns
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastoss.config import recipe_from_resolved
+from fastoss.data.data_report import counted
 from fastoss.errors import FastossError
 from fastoss.model.adapter import STAMP, check_adapter, read_stamp
 from fastoss.run import RunDirectory, file_lock, read_json, read_lines
@@ -36,7 +37,7 @@ def verdict(findings: list[Finding]) -> str:
     """All of them in one sentence."""
     broken = [finding.what for finding in findings if finding.state == "broken"]
     notes = sum(finding.state == "note" for finding in findings)
-    return (f"broken: {', '.join(broken)}" if broken else "intact") + (f" ({notes} note{'s' * (notes > 1)})" if notes else "")
+    return (f"broken: {', '.join(broken)}" if broken else "intact") + (f" ({counted(notes, 'note')})" if notes else "")
 
 
 def examine_run(run: RunDirectory) -> list[Finding]:
